@@ -1,0 +1,1071 @@
+#!/usr/bin/env python3
+"""Time one Hugging Face model with eager PyTorch, torch.compile and TVM, and append one CSV row per test item.
+
+    python benchmark.py --model microsoft/resnet-50 --batch-size 1
+
+The file reads in the order of the data: arguments -> model -> inputs -> test items -> check -> timing -> row.
+docs/methodology.md says what each number means and how we know that it is right.
+Exit code: 0 all rows ok, 1 a row is failed or wrong, 2 bad input (nothing written), 130 interrupted.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import datetime
+import fcntl
+import functools
+import gc
+import importlib
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pynvml
+import torch
+import transformers
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import errors as hub_errors
+from tqdm import tqdm
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+
+DEFAULT_RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.csv"
+
+# ---- Settings that change the numbers -------------------------------------------------------------------------------
+
+SEED = 0  # of random weights and of inputs
+TIMING_BUDGET_S = 2.0  # as many timed runs as fit into this,
+MIN_ITERATIONS, MAX_ITERATIONS = 20, 10_000  # within these bounds,
+SLOW_RUN_S, MIN_SLOW_ITERATIONS = 0.5, 3  # and at least 3 runs where one takes over 0.5 s.
+WARMUP_WINDOW_S = 0.1  # Warm is when two windows of runs in a row agree in their mean time:
+WARMUP_AGREEMENT = 0.01
+WARMUP_LIMIT_S = 3.0  # a machine that never settles is timed all the same, and its row says so (`warnings`).
+OUTLIER_SHARE, DRIFT, CLOCK_DROP = 0.01, 0.02, 0.05  # above these a row gets a warning: see disturbances()
+ENERGY_MIN_S = 1.0  # NVML's energy counter ticks every 20 to 100 ms: shorter runs get no energy figure
+
+# precision -> (dtype of weights and floating inputs, TF32 allowed, largest rel_error that is still `ok`)
+PRECISIONS = {
+    "fp32": (torch.float32, False, 1e-4),
+    "tf32": (torch.float32, True, 5e-3),
+    "fp16": (torch.float16, False, 2e-2),
+    "bf16": (torch.bfloat16, False, 5e-2),
+}
+
+COLUMNS = (
+    "model_name test_item batch_size compile_time_s infer_time_mean_ms infer_time_median_ms infer_time_std_ms "
+    "infer_time_min_ms infer_time_p90_ms infer_time_p99_ms iterations throughput_samples_per_s peak_memory_mib "
+    "rel_error precision device_name weights input_shape status error torch_version tvm_version transformers_version "
+    "cuda_version driver_version timestamp_utc energy_mj_per_sample warnings"
+).split()
+
+
+class UserError(Exception):
+    """A mistake of the user's, or a model that cannot be had: one line on stderr and exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What every test item of one run shares."""
+
+    model_name: str
+    model_class: type
+    config: transformers.PretrainedConfig
+    weights: str  # "pretrained" or "random"
+    weights_dir: str | None  # holds the safetensors of pretrained weights
+    batch_size: int
+    image_size: int | None
+    precision: str
+    device: str  # "cpu" or "cuda:N"
+    iterations: int | None  # None: as many as the time budget gives
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def at_least_one(text):
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return value
+
+
+def seconds(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text!r}")
+    return value
+
+
+def parse_args(argv=None):
+    parser = OneLineParser(
+        prog="benchmark.py",
+        description="Time one Hugging Face model with eager PyTorch, torch.compile and TVM.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="microsoft/resnet-50", help="hub id, or a local directory with a config.json")
+    add("--batch-size", type=at_least_one, default=1, help="samples per inference")
+    add(
+        "--test-items",
+        nargs="+",
+        default=["torch", "torch_compile", "tvm"],
+        choices=[*TEST_ITEMS, "all"],
+        metavar="ITEM",
+        help=f"what to run: {' '.join(TEST_ITEMS)}, or all",
+    )
+    add("--device", default="auto", help="auto (CUDA when there is one), cuda, cuda:N or cpu")
+    add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of every item")
+    add(
+        "--weights",
+        choices=["auto", "pretrained", "random"],
+        default="auto",
+        help="auto: pretrained where they can be had, else random weights of the same architecture",
+    )
+    add("--image-size", type=at_least_one, help="height and width of the images in pixels (default: the model's own)")
+    add("--iterations", type=at_least_one, help=f"timed runs (default: as many as fit into {TIMING_BUDGET_S:g} s)")
+    add("--timeout", type=seconds, default=900.0, help="seconds after which an item is given up as failed")
+    add("--results", type=Path, default=DEFAULT_RESULTS, help="the CSV that rows are appended to")
+    add("--verbose", action="store_true", help="show what the frameworks print, and whole tracebacks")
+    args = parser.parse_args(argv)
+    args.test_items = list(TEST_ITEMS) if "all" in args.test_items else list(dict.fromkeys(args.test_items))
+    return args
+
+
+# ---- Model ----------------------------------------------------------------------------------------------------------
+
+# Architectures that need no network. Only what differs from the library's default configuration of the model type
+# stands here; the checkpoints' own config.json files agree with those defaults in everything that shapes the network.
+IMAGENET = {"num_labels": 1000}
+BUILTIN_ARCHITECTURES = {
+    "facebook/convnext-tiny-224": ("convnext", IMAGENET),
+    "microsoft/resnet-50": ("resnet", IMAGENET),
+    "google/vit-base-patch16-224": ("vit", IMAGENET),
+    "microsoft/swin-tiny-patch4-window7-224": ("swin", IMAGENET),
+    "facebook/dinov2-base": ("dinov2", {"image_size": 518, "architectures": ["Dinov2Model"]}),
+}
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+DOWNLOADED = ["config.json", *SAFETENSORS, "model-*-of-*.safetensors"]
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def find_model(name, weights):
+    """-> (config, directory that holds its safetensors or None); raises UserError with what to do."""
+    if os.path.isdir(name):
+        directory, advice = Path(name), "give a directory with model.safetensors, or use --weights random"
+    elif os.path.exists(name) or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is not a directory; --model takes a hub id or a directory with a config.json")
+    elif weights == "random" and name in BUILTIN_ARCHITECTURES:
+        return builtin_config(name), None
+    else:
+        try:
+            directory = download(name, with_weights=weights != "random")
+        except hub_errors.LocalEntryNotFoundError:
+            if weights == "auto" and name in BUILTIN_ARCHITECTURES:
+                warn(f"{name}: the hub cannot be reached; random weights (latency does not depend on their values)")
+                return builtin_config(name), None
+            raise UserError(
+                f"{name}: the hub cannot be reached and the model is not in the cache; check the network, HF_ENDPOINT "
+                f"and HF_HUB_OFFLINE, or take one that is built in with --weights random: "
+                f"{', '.join(BUILTIN_ARCHITECTURES)}"
+            ) from None
+        advice = "use --weights random, or convert the checkpoint to safetensors"
+    config = read_config(name, directory)
+    if weights == "random":
+        return config, None
+    if any((directory / file).is_file() for file in SAFETENSORS):
+        return config, directory
+    if any(file for pattern in PICKLED for file in directory.glob(pattern)):
+        raise UserError(f"{name} has only pickled weights, which are never opened (they can run code); {advice}")
+    if weights == "pretrained" or not os.path.isdir(name):
+        raise UserError(f"{name} has no safetensors weights (pickled ones are never opened); {advice}")
+    warn(f"{name} has a config.json but no weights; random weights (latency does not depend on their values)")
+    return config, None
+
+
+def builtin_config(name):
+    model_type, overrides = BUILTIN_ARCHITECTURES[name]
+    return CONFIG_MAPPING[model_type](**overrides)
+
+
+def download(name, with_weights):
+    """-> directory of the hub's (or the cache's) config.json and safetensors; LocalEntryNotFoundError: neither has it.
+
+    One short request tells whether there is a network: the hub client itself would retry for 20 s and more.
+    """
+    offline = hub_constants.HF_HUB_OFFLINE
+    if not offline:
+        try:
+            huggingface_hub.utils.get_session().head(hub_constants.ENDPOINT, timeout=5)
+        except Exception:  # of whatever HTTP library the hub client uses
+            offline = True
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=DOWNLOADED if with_weights else ["config.json"], local_files_only=offline
+            )
+        )
+    except hub_errors.HFValidationError:
+        raise UserError(f"{name!r} is neither a hub id (owner/name) nor a directory") from None
+    except hub_errors.GatedRepoError:
+        raise UserError(f"{name} is gated: accept its terms on the hub and set HF_TOKEN") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise UserError(f"{name} is not on the hub; check the spelling (a private one needs HF_TOKEN)") from None
+    except hub_errors.LocalEntryNotFoundError:
+        raise
+    except Exception as error:  # a server's error, a connection that breaks, a full disk
+        raise UserError(f"{name} cannot be downloaded: {one_line(error)}") from None
+
+
+def read_config(name, directory):
+    """-> the transformers config of `directory`/config.json; the hub's own code is never run."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{name} has no config.json; give a hub id or a directory in the transformers format")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the config of a transformers model (JSON with a model_type)") from None
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" in fields:
+            raise UserError(f"{name} needs code of its own from the hub, which is never run; take another model")
+        raise UserError(
+            f"{name}: transformers {transformers.__version__} does not know model_type {model_type!r}; a newer one may"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+
+
+def find_model_class(name, config):
+    """-> the class that config.architectures names, else the image classifier of the family, else its bare model."""
+    candidates = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
+    for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING):
+        candidates.append(mapping.get(type(config), None))
+    for model_class in candidates:
+        if model_class is not None:
+            if model_class.main_input_name != "pixel_values":
+                raise UserError(f"{name} takes {model_class.main_input_name}; only image models can be run so far")
+            return model_class
+    raise UserError(f"{name}: transformers has no model class for {type(config).__name__}")
+
+
+def load_model(case):
+    """-> the model of the case: fp32, on the CPU, in evaluation mode, without gradients."""
+    torch.manual_seed(SEED)  # random weights, and a head that a checkpoint may lack
+    case.config.return_dict = True
+    if case.weights == "pretrained":
+        model = case.model_class.from_pretrained(case.weights_dir, dtype=torch.float32, use_safetensors=True)
+    else:
+        model = case.model_class(case.config).float()
+    model.eval().requires_grad_(False)
+    if case.weights == "random":
+        keep_signal_size(model, make_inputs(dataclasses.replace(case, batch_size=1)))
+    return model
+
+
+@torch.no_grad()
+def keep_signal_size(model, inputs):
+    """Rescale random weights in place so that every layer's output has standard deviation 1 on `inputs`.
+
+    The libraries' own initialisations shrink or blow up the signal over many layers, or switch whole blocks off
+    (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
+    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. Parameters that start as a constant (biases, norm and
+    layer scales) and BatchNorm's statistics get some noise, so that no operation on them is the identity.
+    """
+    for parameter in model.parameters():
+        constant = parameter.flatten()[0].item()
+        if constant == 0 and not parameter.any():
+            parameter.normal_(0, 0.02)
+        elif parameter.ndim == 1 and (parameter == constant).all():
+            parameter.normal_(1, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.8, 1.2)
+
+    def rescale(module, _, output):
+        scale = output.std()
+        if not (scale > 0 and scale.isfinite()):
+            return output
+        module.weight.div_(scale)
+        if getattr(module, "bias", None) is not None:
+            module.bias.div_(scale)
+        return output / scale
+
+    hooks = [
+        module.register_forward_hook(rescale)
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        and module.weight.ndim >= 2
+        and not isinstance(module, torch.nn.Embedding)
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+
+
+# ---- Inputs ---------------------------------------------------------------------------------------------------------
+
+
+def input_shapes(case):
+    """-> {name: shape} for the model's forward; images are (batch, channels, height, width)."""
+    size = case.image_size or getattr(case.config, "image_size", None) or 224
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(case.config, "num_channels", 3)
+    return {"pixel_values": (case.batch_size, channels, height, width)}
+
+
+def make_inputs(case):
+    """-> {name: tensor} for the model's forward: seeded standard normal noise, fp32, on the CPU."""
+    generator = torch.Generator().manual_seed(SEED)
+    return {name: torch.randn(shape, generator=generator) for name, shape in input_shapes(case).items()}
+
+
+# ---- Test items -----------------------------------------------------------------------------------------------------
+# Each is a function (model, inputs, case) -> callable without arguments that runs one inference and returns its
+# outputs. Model and inputs are already on the device in the case's precision. Nothing but the inference may happen
+# inside the callable.
+
+
+def eager(model, inputs, case):
+    return functools.partial(model, **inputs)
+
+
+def inductor(mode, model, inputs, case):
+    return functools.partial(torch.compile(model, mode=mode), **inputs)
+
+
+def tvm_default(model, inputs, case):
+    """torch.export -> Relax -> tvm.compile with TVM's default pipeline -> VM closure over inputs and weights."""
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.torch import from_exported_program
+
+    # Exported on the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only.
+    exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
+    module = from_exported_program(exported, keep_params_as_input=True)
+    module, parameters = relax.frontend.detach_params(module)
+    device = tvm.runtime.device(case.device)
+    with tvm.transform.PassContext(opt_level=3, config={"relax.backend.use_cuda_graph": case.device != "cpu"}):
+        executable = tvm.compile(module, tvm.target.Target.from_device(device))
+    vm = relax.VirtualMachine(executable, device)
+    _, keywords = exported.example_inputs  # in the order of the compiled function's arguments
+    arguments = [tvm.runtime.from_dlpack(inputs[name]) for name in keywords]  # shares the tensors' memory
+    weights = [tvm.runtime.tensor(parameter, device) for parameter in parameters["main"]]
+    # The closure holds the argument list: vm["main"](x, *weights) would hand over every weight on every call.
+    vm.save_function("main", "inference", *arguments, *weights)
+    return vm["inference"]
+
+
+def import_tvm():
+    """Import TVM; where CUDA comes from pip alone, point TVM and NVRTC at the wheels' library and headers."""
+    from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
+
+    with contextlib.suppress(RuntimeError):  # a system-wide CUDA is found by the dynamic linker
+        load_nvidia_dynamic_lib("cudart")
+    cccl = find_nvidia_header_directory("cccl")
+    if cccl and Path(cccl).name == "cccl" and "CUDA_PATH" not in os.environ:  # the wheels' layout: <root>/include/cccl
+        os.environ["CUDA_PATH"] = str(Path(cccl).parents[1])
+        os.environ["TVM_CUDA_NVRTC_EXTRA_OPTS"] = f"-I{cccl} {os.environ.get('TVM_CUDA_NVRTC_EXTRA_OPTS', '')}"
+    for module in ("tvm.relax.frontend.torch", "torch.export._trace"):  # the second is what torch.export imports lazily
+        importlib.import_module(module)
+    import tvm_ffi
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
+
+
+def compile_kernels(source):
+    """CUDA C++ of all of a model's kernels -> one cubin: what TVM's own callback gives, on every core.
+
+    TVM hands NVRTC all kernels as one program, which keeps one core busy for most of the compile time. Kernels do not
+    call one another: they are dealt out to programs that compile at once and are linked again. In processes, because
+    NVRTC's front end holds a lock; forked, because they only need what is imported, and never touch CUDA.
+    """
+    import tvm
+    from cuda.bindings import nvjitlink
+    from tvm.support import nvcc
+
+    preamble, *kernels = re.split(r'(?=^extern "C" __global__)', source, flags=re.MULTILINE)
+    version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
+    arch = f"sm_{version.replace('.', '')}"
+    workers = min(len(kernels), len(os.sched_getaffinity(0)))
+    kernels.sort(key=len)
+    programs = [preamble + "".join(kernels[i::workers]) for i in range(workers)]
+    compile_program = functools.partial(nvcc.compile_cuda, target_format="cubin", arch=arch, options=["-rdc=true"])
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        cubins = list(pool.map(compile_program, programs))
+    linker = nvjitlink.create(1, [f"-arch={arch}"])
+    for cubin in cubins:
+        nvjitlink.add_data(linker, nvjitlink.InputType.CUBIN, bytes(cubin), len(cubin), "kernels")
+    nvjitlink.complete(linker)
+    linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
+    nvjitlink.get_linked_cubin(linker, linked)
+    nvjitlink.destroy(linker)
+    return linked
+
+
+def import_inductor():
+    importlib.import_module("torch._inductor.compile_fx")
+
+
+# name -> (function, what imports its compiler: importing Python modules is not compiling, and is not timed)
+TEST_ITEMS = {
+    "torch": (eager, None),
+    "torch_compile": (functools.partial(inductor, None), import_inductor),
+    "torch_compile_reduce_overhead": (functools.partial(inductor, "reduce-overhead"), import_inductor),
+    "torch_compile_max_autotune": (functools.partial(inductor, "max-autotune"), import_inductor),
+    "tvm": (tvm_default, import_tvm),
+}
+
+
+# ---- Check ----------------------------------------------------------------------------------------------------------
+
+
+def output_arrays(outputs):
+    """-> the floating-point tensors of a model's outputs, in order, as fp32 arrays of their own on the host."""
+    if outputs is None:
+        return []
+    if hasattr(outputs, "__dlpack__"):
+        tensor = torch.from_dlpack(outputs)
+        return [tensor.detach().float().cpu().numpy().copy()] if tensor.is_floating_point() else []
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return [array for part in parts for array in output_arrays(part)]
+
+
+def relative_error(outputs, reference):
+    """-> the largest ||out - ref|| / ||ref|| over pairs of arrays, in float64; inf where a shape or a value is off.
+
+    Raises ValueError where a reference says nothing: none at all, not finite, or all zero.
+    """
+    if not reference:
+        raise ValueError("the reference has no floating-point output")
+    if [array.shape for array in outputs] != [array.shape for array in reference]:
+        return math.inf
+    errors = []
+    for out, ref in zip(outputs, reference):
+        norm = np.linalg.norm(ref.astype(np.float64))
+        if not (np.isfinite(norm) and norm > 0):
+            raise ValueError("the reference is not finite" if norm != 0 else "the reference is all zero")
+        error = np.linalg.norm(out.astype(np.float64) - ref) / norm
+        errors.append(error if np.isfinite(error) else math.inf)
+    return float(max(errors))
+
+
+# ---- Timing ---------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def warm_up(run, device):
+    """Run until two windows of WARMUP_WINDOW_S in a row agree -> seconds per run in the last one."""
+    began = time.perf_counter()
+    previous, per_run, count = math.inf, math.inf, 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        synchronize(device)
+        now = time.perf_counter()
+        previous, per_run = per_run, (now - start) / count
+        if abs(per_run - previous) <= WARMUP_AGREEMENT * per_run or now - began > WARMUP_LIMIT_S:
+            return per_run
+        # Windows only grow: a window that a stall ended early must not shorten the next ones.
+        count = max(count, math.ceil(WARMUP_WINDOW_S / per_run))
+
+
+def choose_iterations(per_run_s):
+    """-> timed runs for an inference of `per_run_s` seconds."""
+    least = MIN_SLOW_ITERATIONS if per_run_s > SLOW_RUN_S else MIN_ITERATIONS
+    return min(max(least, round(TIMING_BUDGET_S / per_run_s)), MAX_ITERATIONS)
+
+
+def time_runs(run, iterations, device):
+    """Call `run` `iterations` times -> (milliseconds of each call, the last outputs).
+
+    CUDA: one event before and one after each call on the current stream, no host synchronisation in between.
+    CPU: time.perf_counter.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        if device == "cpu":
+            times_ms = []
+            for _ in range(iterations):
+                start = time.perf_counter()
+                outputs = run()
+                times_ms.append((time.perf_counter() - start) * 1e3)
+        else:
+            pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+            for start, end in pairs:  # the first record() creates the event: that must not fall into the loop
+                start.record()
+                end.record()
+            torch.cuda.synchronize()
+            for start, end in pairs:
+                start.record()
+                outputs = run()
+                end.record()
+            torch.cuda.synchronize()
+            times_ms = [start.elapsed_time(end) for start, end in pairs]
+    finally:
+        gc.enable()
+    return np.array(times_ms), outputs
+
+
+def statistics(times_ms, batch_size):
+    """-> the CSV's timing columns (and the maximum) for an array of milliseconds per inference."""
+    return {
+        "infer_time_mean_ms": times_ms.mean(),
+        "infer_time_median_ms": np.median(times_ms),
+        "infer_time_std_ms": times_ms.std(ddof=1) if len(times_ms) > 1 else 0.0,
+        "infer_time_min_ms": times_ms.min(),
+        "infer_time_max_ms": times_ms.max(),
+        "infer_time_p90_ms": np.percentile(times_ms, 90),
+        "infer_time_p99_ms": np.percentile(times_ms, 99),
+        "iterations": len(times_ms),
+        "throughput_samples_per_s": batch_size * 1e3 / times_ms.mean(),
+    }
+
+
+# ---- The device: what it is, and whether it kept still --------------------------------------------------------------
+
+
+def describe_device(choice, turn):
+    """-> the CSV's columns on the device, plus `device` ("cpu" or "cuda:N"); UserError where there is no such device.
+
+    Runs in a process of its own: asking CUDA anything in the parent would keep its forked children from using it.
+    """
+    turn.report("looking for the device")
+    count = torch.cuda.device_count()
+    if choice == "cpu" or (choice == "auto" and count == 0):
+        return {"device": "cpu", "device_name": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+    kind, _, index = choice.partition(":")
+    if choice != "auto" and (kind != "cuda" or not (index.isdecimal() or choice == "cuda")):
+        raise UserError(f"--device takes auto, cuda, cuda:N or cpu, not {choice!r}")
+    if count == 0:
+        raise UserError(
+            f"--device {choice}: no CUDA device is visible to PyTorch {torch.__version__}; use --device cpu"
+        )
+    if int(index or 0) >= count:
+        raise UserError(f"--device {choice}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    device = f"cuda:{int(index or 0)}"
+    return {
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device),
+        "cuda_version": torch.version.cuda,
+        "driver_version": Gpu(device).driver_version(),
+    }
+
+
+def cpu_name():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
+class Gpu:
+    """NVML's view of one CUDA device; what the driver or the device does not offer reads as None."""
+
+    LIMITS = {
+        pynvml.nvmlClocksEventReasonSwPowerCap: "power cap",
+        pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
+        pynvml.nvmlClocksEventReasonSwThermalSlowdown: "temperature",
+        pynvml.nvmlClocksEventReasonHwThermalSlowdown: "temperature",
+        pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
+    }
+
+    def __init__(self, device):
+        self.handle = None
+        if device != "cpu":
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid  # CUDA_VISIBLE_DEVICES renumbers, UUIDs stay
+                self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+    def ask(self, function, *args):
+        with contextlib.suppress(pynvml.NVMLError):
+            return function(self.handle, *args) if self.handle else None
+
+    def driver_version(self):
+        return pynvml.nvmlSystemGetDriverVersion() if self.handle else None
+
+    def state(self):
+        """-> dict: energy_mj (since the driver was loaded), sm_clock_mhz, limits (set of names), processes (number)."""
+        reasons = self.ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
+        return {
+            "energy_mj": self.ask(pynvml.nvmlDeviceGetTotalEnergyConsumption),
+            "sm_clock_mhz": self.ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
+            "limits": {text for bit, text in self.LIMITS.items() if reasons & bit},
+            "processes": len(self.ask(pynvml.nvmlDeviceGetComputeRunningProcesses) or ()),
+        }
+
+
+def disturbances(times_ms, before, after):
+    """-> what says that the machine did not keep still while `times_ms` was measured, as a list of short texts.
+
+    `before` and `after` are Gpu.state() at both ends. An outlier lies further from the median than 10 standard
+    deviations, taken as 1.4826 x the median absolute deviation (that of a normal distribution), plus 5 % of the median.
+    """
+    found = []
+    median = np.median(times_ms)
+    deviations = np.abs(times_ms - median)
+    outliers = np.mean(deviations > 10 * 1.4826 * np.median(deviations) + 0.05 * median)
+    if outliers > OUTLIER_SHARE:
+        found.append(f"{outliers:.1%} of the runs are outliers")
+    first, second = np.array_split(times_ms, 2)
+    if len(second) and abs(drift := np.median(second) / np.median(first) - 1) > DRIFT:
+        found.append(f"the second half is {drift:+.1%} against the first")
+    if limits := before["limits"] | after["limits"]:
+        found.append(f"GPU clock limited by {' and '.join(sorted(limits))}")
+    if before["sm_clock_mhz"] and after["sm_clock_mhz"] < (1 - CLOCK_DROP) * before["sm_clock_mhz"]:
+        found.append(f"SM clock fell from {before['sm_clock_mhz']} to {after['sm_clock_mhz']} MHz")
+    if max(before["processes"], after["processes"]) > 1:
+        found.append("another process was on the GPU")
+    return found
+
+
+def process_memory_bytes(device):
+    """-> device memory in use as the CUDA driver counts it; on the CPU this process's peak resident set.
+
+    The driver's count is the same for PyTorch's allocator and for TVM's. It is of the whole device: only a difference
+    between two readings belongs to this process, and only while no other one allocates.
+    """
+    if device != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+# ---- One item, in a process of its own ------------------------------------------------------------------------------
+
+
+def set_precision(precision):
+    """Allow or forbid TF32 everywhere; -> the dtype of weights and floating-point inputs."""
+    dtype, tf32, _ = PRECISIONS[precision]
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    return dtype
+
+
+def load_on_device(case, precision):
+    """-> (model, inputs) on the case's device in `precision`."""
+    dtype = set_precision(precision)
+    try:
+        model = load_model(case)
+    except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
+        raise UserError(f"{case.model_name} cannot be loaded: {one_line(error)}") from error
+    inputs = make_inputs(case)
+    if case.device != "cpu":
+        torch.cuda.set_device(case.device)
+    model = model.to(case.device, dtype)
+    return model, {name: tensor.to(case.device, dtype) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def compute_reference(case, turn):
+    """-> the outputs of eager PyTorch in IEEE fp32, which every item is checked against."""
+    turn.report("computing")
+    model, inputs = load_on_device(case, "fp32")
+    return output_arrays(model(**inputs))
+
+
+@torch.no_grad()
+def run_item(name, turn):
+    """-> the CSV columns that one test item gives, plus timing_s, the wall seconds of warm-up and timed runs.
+
+    It imports its compiler at once, while others compute, and begins when it is given the case and the reference.
+    """
+    build, import_compiler = TEST_ITEMS[name]
+    if import_compiler:
+        try:
+            import_compiler()
+        except Exception as error:
+            raise RuntimeError(f"{name} cannot be imported; pip install -r requirements.txt ({error})") from error
+    case, reference = turn.wait()
+    turn.report("loading")
+    gpu = Gpu(case.device)
+    memory_before = 0 if case.device == "cpu" else process_memory_bytes(case.device)
+    model, inputs = load_on_device(case, case.precision)
+    synchronize(case.device)
+
+    turn.report("compiling" if import_compiler else "first run")
+    start = time.perf_counter()
+    run = build(model, inputs, case)
+    outputs = run()
+    synchronize(case.device)
+    compile_time_s = time.perf_counter() - start
+    first = output_arrays(outputs)
+    del model, outputs  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
+    gc.collect()
+    if case.device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew: man 5 proc
+    else:
+        torch.cuda.empty_cache()  # what compiling needed is not what running needs
+
+    turn.report("timing")
+    start = time.perf_counter()
+    per_run_s = warm_up(run, case.device)
+    before = gpu.state()
+    times_ms, outputs = time_runs(run, case.iterations or choose_iterations(per_run_s), case.device)
+    after = gpu.state()
+    timing_s = time.perf_counter() - start
+    peak_memory = process_memory_bytes(case.device) - memory_before
+
+    turn.report("checking")
+    # The first output and the last: a replayed CUDA graph must give what the first call gave.
+    rel_error = max(relative_error(first, reference), relative_error(output_arrays(outputs), reference))
+    tolerance = PRECISIONS[case.precision][2]
+    energy_mj = None
+    if before["energy_mj"] is not None and times_ms.sum() > ENERGY_MIN_S * 1e3:
+        energy_mj = (after["energy_mj"] - before["energy_mj"]) / (len(times_ms) * case.batch_size)
+    return {
+        **statistics(times_ms, case.batch_size),
+        "compile_time_s": compile_time_s if import_compiler else None,
+        "peak_memory_mib": peak_memory / 2**20,
+        "energy_mj_per_sample": energy_mj,
+        "rel_error": rel_error,
+        "status": "ok" if rel_error <= tolerance else "wrong",
+        "error": "" if rel_error <= tolerance else f"rel_error {rel_error:.2e} is above {tolerance:g}",
+        "warnings": "; ".join(disturbances(times_ms, before, after)),
+        "timing_s": timing_s + (0 if import_compiler else compile_time_s),
+    }
+
+
+class ItemError(Exception):
+    """Why an isolated call gave no result, in one line."""
+
+
+class Isolated:
+    """A function that runs in a forked process of its own; a context manager, whose end kills what is left of it.
+
+    Forked, because the imports are paid once and every item still starts with no CUDA context, no compiled code and no
+    thread of its neighbours: this process never computes. Its caches and temporary files are a directory that goes
+    with it. The function gets `args` and a Turn: the process starts at once, and works when result() gives it its turn.
+    """
+
+    def __init__(self, function, *args, verbose):
+        self.scratch = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        target_args = (function, args, theirs, self.scratch.name, verbose, os.getpid())
+        self.process = context.Process(target=isolated_main, args=target_args)
+        self.process.start()
+        theirs.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.connection.closed:
+            return  # ended already, and its process id may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # the compilers' worker processes too
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.scratch.cleanup()
+
+    def wait_until_ready(self, timeout_s):
+        """Return when the function waits for its turn, or has failed before, or after `timeout_s`."""
+        self.connection.poll(timeout_s)
+
+    def result(self, message=None, *, timeout_s, on_stage):
+        """-> what the function returns, given its turn with `message`.
+
+        Raises UserError where the function does, ItemError for every other end without a result.
+        """
+        deadline, stage = time.monotonic() + timeout_s, "starting"
+        with contextlib.suppress(BrokenPipeError):  # it has died already: recv() below says so
+            self.connection.send(message)
+        while True:
+            if not self.connection.poll(0.5):
+                on_stage(stage)
+                if time.monotonic() > deadline:
+                    raise ItemError(f"gave no result in {timeout_s:g} s (--timeout), while {stage}")
+                if self.process.is_alive() or self.connection.poll():
+                    continue
+            try:
+                kind, value = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                self.process.join(5)
+                raise ItemError(f"{death(self.process.exitcode)} while {stage}") from None
+            if kind == "stage":
+                on_stage(stage := value)
+            elif kind == "result":
+                return value
+            else:
+                raise {"user error": UserError, "error": ItemError}[kind](value)
+
+
+class Turn:
+    """The isolated function's end of the line."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def wait(self):
+        """Block until the parent gives this process its turn; -> the parent's message."""
+        self.report("waiting")
+        return self.connection.recv()
+
+    def report(self, stage):
+        self.connection.send(("stage", stage))
+
+
+def isolated_main(function, args, connection, scratch, verbose, parent):
+    os.setsid()  # a group that can be killed as a whole; Ctrl-C reaches the parent alone, which does that
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives a parent that was killed
+    if os.getppid() != parent:
+        os._exit(1)
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):  # cold caches for everyone
+        os.environ[variable] = os.path.join(scratch, variable.lower())
+    if not verbose:
+        log = os.open(os.path.join(scratch, "log"), os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+    try:
+        connection.send(("result", function(*args, Turn(connection))))
+    except UserError as error:
+        connection.send(("user error", str(error)))
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        connection.send(("error", one_line(error)))
+
+
+def death(exit_code):
+    if exit_code is None or exit_code >= 0:
+        return f"the process ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"the process died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def one_line(error, limit=300):
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ---- Row ------------------------------------------------------------------------------------------------------------
+
+
+def csv_line(values):
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+def check_results_file(path):
+    """Raise UserError unless rows can be appended to `path`; writes nothing."""
+    if path.is_dir():
+        raise UserError(f"--results {path} is a directory; give the path of a CSV file")
+    if not path.parent.is_dir():
+        raise UserError(f"--results {path}: there is no directory {path.parent}; make it first")
+    try:
+        with path.open("r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--results {path} is not writable: {error.strerror}") from None
+    if path.exists() and path.stat().st_size:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            if file.readline().rstrip("\r\n") != ",".join(COLUMNS):
+                raise UserError(f"--results {path} has another header than this version's rows; give another path")
+
+
+def append_row(path, row):
+    """Append one row (and the header where the file is empty) with one write, under a lock: rows never mix."""
+    values = [f"{row[name]:.6g}" if isinstance(row.get(name), float) else row.get(name) for name in COLUMNS]
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        header = csv_line(COLUMNS) if os.fstat(file.fileno()).st_size == 0 else ""  # asked under the lock
+        file.write((header + csv_line(values)).encode())
+
+
+def describe_row(row):
+    """-> the terminal's line on one row, in the manner of hyperfine."""
+    name = f"{row['test_item']:<{max(map(len, TEST_ITEMS))}}"
+    if row["status"] == "failed":
+        return f"{name}  FAILED: {row['error']}"
+    text = (
+        f"{name}  {row['infer_time_mean_ms']:8.3f} ms ± {row['infer_time_std_ms']:.3f} ms"
+        f"  [{row['infer_time_min_ms']:.3f} ms … {row['infer_time_max_ms']:.3f} ms]  {row['iterations']} runs"
+    )
+    if row["compile_time_s"] is not None:
+        text += f"  compiled in {row['compile_time_s']:.1f} s"
+    text += f"  rel_error {row['rel_error']:.1e}"
+    if row["status"] == "wrong":
+        text += f"  WRONG: {row['error']}"
+    if row["warnings"]:
+        text += f"\n{'':<{len(name)}}  warning: {row['warnings']}"
+    return text
+
+
+def describe_comparison(rows):
+    """-> who is how many times faster than whom; the spread is that of a ratio of two means with independent errors."""
+    fastest, *others = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["infer_time_mean_ms"])
+    lines = [f"{fastest['test_item']} ran"]
+    for row in others:
+        ratio = row["infer_time_mean_ms"] / fastest["infer_time_mean_ms"]
+        spread = ratio * math.hypot(*(r["infer_time_std_ms"] / r["infer_time_mean_ms"] for r in (row, fastest)))
+        lines.append(f"  {ratio:.2f} ± {spread:.2f} times faster than {row['test_item']}")
+    return "\n".join(lines)
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def process_age_s():
+    """-> seconds since this process was started, its imports included; man 5 proc: field 22 of stat, in clock ticks."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def warn(message):
+    print(f"benchmark.py: warning: {message}", file=sys.stderr)
+
+
+# ---- The whole story ------------------------------------------------------------------------------------------------
+
+
+def benchmark(args):
+    """-> the exit code; every row that came to an end is in the CSV, whatever happens after it."""
+    check_results_file(args.results)
+    config, weights_dir = find_model(args.model, args.weights)
+    model_class = find_model_class(args.model, config)
+
+    isolated = functools.partial(Isolated, verbose=args.verbose)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=len(args.test_items), unit="item", leave=False, disable=None))
+
+        def result(who, process, message=None):
+            def show(stage):
+                bar.set_description_str(f"{who}: {stage}")
+
+            return process.result(message, timeout_s=args.timeout, on_stage=show)
+
+        items = {name: stack.enter_context(isolated(run_item, name)) for name in args.test_items}
+        with isolated(describe_device, args.device) as process:
+            try:
+                device = result("device", process)
+            except ItemError as error:
+                raise UserError(f"--device {args.device}: {error}") from None
+        case = Case(
+            model_name=args.model,
+            model_class=model_class,
+            config=config,
+            weights="pretrained" if weights_dir else "random",
+            weights_dir=weights_dir and str(weights_dir),
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            precision=args.precision,
+            device=device["device"],
+            iterations=args.iterations,
+        )
+        reference, reference_error = None, None
+        with isolated(compute_reference, case) as process:
+            try:
+                reference = result("reference", process)
+            except ItemError as error:
+                reference_error = f"no reference to check against: {error}"
+        tqdm.write(
+            f"{args.model}, batch size {args.batch_size}, {args.precision}, {case.weights} weights, "
+            f"{device['device_name']}"
+        )
+        for process in items.values():  # nothing is timed while another item still imports its compiler
+            process.wait_until_ready(args.timeout)
+        rows = []
+        for name, process in items.items():
+            try:
+                if reference_error:
+                    raise ItemError(reference_error)
+                with process:
+                    columns = result(name, process, (case, reference))
+            except ItemError as error:
+                columns = {"status": "failed", "error": str(error)}
+            row = {
+                "model_name": args.model,
+                "test_item": name,
+                "batch_size": args.batch_size,
+                "precision": args.precision,
+                "weights": case.weights,
+                "input_shape": " ".join(f"{k}={'x'.join(map(str, v))}" for k, v in input_shapes(case).items()),
+                "torch_version": torch.__version__,
+                "tvm_version": version("apache-tvm"),
+                "transformers_version": transformers.__version__,
+                "timestamp_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                **device,
+                **columns,
+            }
+            append_row(args.results, row)
+            rows.append(row)
+            tqdm.write(describe_row(row))
+            bar.update()
+
+    if sum(row["status"] == "ok" for row in rows) > 1:
+        print(describe_comparison(rows))
+    compiling_s = sum(row.get("compile_time_s") or 0 for row in rows)
+    timing_s = sum(row.get("timing_s") or 0 for row in rows)
+    total_s = process_age_s()
+    print(
+        f"{total_s:.1f} s: {compiling_s:.1f} s compiling, {timing_s:.1f} s timing, "
+        f"{total_s - compiling_s - timing_s:.1f} s for all else; rows in {args.results}"
+    )
+    if any(row["status"] == "failed" for row in rows) and not args.verbose:
+        print("--verbose shows the whole traceback of what failed")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(line_buffering=True)  # a log shows each row as it ends
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    tqdm.monitor_interval = 0  # no thread in the process that forks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` kills the children
+    try:
+        return benchmark(parse_args(argv))
+    except UserError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted; the rows of the items that had ended are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

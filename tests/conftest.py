@@ -1,0 +1,66 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY_RESNET = {
+    "model_type": "resnet",
+    "architectures": ["ResNetForImageClassification"],
+    "embedding_size": 16,
+    "hidden_sizes": [32, 64],
+    "depths": [1, 1],
+    "num_labels": 10,
+    "image_size": 32,
+}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def write_model(tmp_path):
+    """-> function that writes a model directory with a config.json and returns its path."""
+
+    def write(config=TINY_RESNET, name="model"):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def command(tmp_path):
+    """-> function that runs one of the project's scripts as a user does and returns the CompletedProcess."""
+
+    def run(script, *arguments, timeout=300, **variables):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in variables.items()}}
+        interpreter = "bash" if str(script).endswith(".sh") else sys.executable
+        return subprocess.run(
+            [interpreter, str(ROOT / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
