@@ -1,0 +1,89 @@
+"""What only a GPU can show. docs/methodology.md holds what `pytest -m gpu -s` printed on an H200."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RESNET, read_csv
+from test_model import make_case
+
+import benchmark
+
+pytestmark = pytest.mark.gpu
+CUDA = "cuda:0"
+
+
+def median_ms(run, iterations=None):
+    per_run_s = benchmark.warm_up(run, CUDA)
+    times_ms, _ = benchmark.time_runs(run, iterations or benchmark.choose_iterations(per_run_s), CUDA)
+    return np.median(times_ms)
+
+
+def test_default_items(command, write_model, tmp_path):
+    done = command("benchmark.py", "--model", write_model(), "--weights", "random", "--results", "rows.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_csv(tmp_path / "rows.csv")
+    assert [row["test_item"] for row in rows] == ["torch", "torch_compile", "tvm"]
+    for row in rows:
+        assert row["device_name"] == torch.cuda.get_device_name(0) and row["cuda_version"] == torch.version.cuda
+        assert row["driver_version"] and float(row["rel_error"]) <= 1e-4
+
+
+def test_out_of_memory_is_a_failed_row(command, write_model, tmp_path):
+    # The first activation alone is 256 GiB: 64 images of 4096 channels and 512 x 512 pixels.
+    model = write_model({**TINY_RESNET, "embedding_size": 4096, "image_size": 1024})
+    done = command(
+        "benchmark.py",
+        "--model",
+        model,
+        "--weights",
+        "random",
+        "--batch-size",
+        64,
+        "--test-items",
+        "torch",
+        "--results",
+        "rows.csv",
+    )
+    assert done.returncode == 1
+    (row,) = read_csv(tmp_path / "rows.csv")
+    assert row["status"] == "failed" and "memory" in row["error"]
+
+
+def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
+    """A change of the input in place is seen by the next replay, so neither was it copied nor is a result cached."""
+    benchmark.import_tvm()
+    config, _ = benchmark.find_model(str(write_model()), "random")
+    case = make_case(config, device=CUDA)
+    model, inputs = benchmark.load_on_device(case, "fp32")
+    expected = []
+    for factor in (1, -0.5):
+        expected.append(benchmark.output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))
+    run = benchmark.tvm_default(model, inputs, case)
+    for factor, reference in zip((1, -0.5), expected):
+        inputs["pixel_values"].mul_(factor)
+        for _ in range(3):
+            assert benchmark.relative_error(benchmark.output_arrays(run()), reference) < 1e-5
+
+
+def test_known_work():
+    """A matrix product and a copy run at the rates that the H200 is known to reach: 770 to 800 TFLOP/s, 4.3 TB/s."""
+    a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        torch.mm(a, b)
+    # Ten runs, as the known figure was taken: within seconds the power cap lowers the clock (a row then warns of it).
+    times_ms, _ = benchmark.time_runs(functools.partial(torch.mm, a, b), 10, CUDA)
+    source = torch.randn(2**30, device=CUDA)
+    copy_ms = median_ms(functools.partial(torch.empty_like(source).copy_, source))
+    tflops, tbytes = 2 * 8192**3 / np.median(times_ms) / 1e9, 2 * 4 * 2**30 / copy_ms / 1e9
+    print(f"\nmatrix product {tflops:.0f} TFLOP/s, copy {tbytes:.2f} TB/s")
+    if "H200" in torch.cuda.get_device_name(0):
+        assert 740 < tflops < 830 and 4.1 < tbytes < 4.5
+
+
+def test_harness_overhead():
+    """An item that is one kernel with one thread's work: what it reads is the timer's own share of every figure."""
+    overhead_us = 1e3 * median_ms(torch.zeros(1, device=CUDA).zero_)
+    print(f"\nempty kernel {overhead_us:.1f} us")
+    assert overhead_us < 15
