@@ -138,11 +138,11 @@ def draw(rows, path):
     """
     panels = list(rows.groupby(["device_name", "precision", "label"], sort=True))
     items = list(dict.fromkeys(rows.sort_values(["order", "test_item"])["test_item"]))
-    widths = [max(3.2, 0.62 * len(items) * group["batch_size"].nunique()) for _, group in panels]
+    width = max(5.0, 0.62 * len(items) * rows["batch_size"].nunique() + 0.8)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(sum(widths) + 0.8, 4.8), width_ratios=widths, squeeze=False, layout="constrained"
+        len(panels), 1, figsize=(width, 4.2 * len(panels) + 0.6), squeeze=False, layout="constrained"
     )
-    for axis, ((device_name, precision, label), group) in zip(axes[0], panels):
+    for axis, ((device_name, precision, label), group) in zip(axes[:, 0], panels):
         batch_sizes = sorted(group["batch_size"].unique())
         ok = group[group["status"] == "ok"]
         low, high = (ok["infer_time_min_ms"].min(), ok["infer_time_mean_ms"].max()) if len(ok) else (1, 1)

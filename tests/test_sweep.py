@@ -56,11 +56,14 @@ def test_sweep_of_ok_rows_ends_with_zero(command, write_model, tmp_path):
         3,
         MODELS=write_model(),
         BATCH_SIZES="2",
+        PRECISIONS="fp32 bf16",
         RESULTS="rows.csv",
         **ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 cases" in done.stdout and "0 with rows" in done.stdout
+    assert "2 cases" in done.stdout and "0 with rows" in done.stdout
+    assert [row["precision"] for row in read_csv(tmp_path / "rows.csv")] == ["fp32", "bf16"]
+    assert "threads, bf16" in done.stdout and "threads, fp32" in done.stdout  # a table each
 
 
 def test_sweep_refuses_arguments_of_its_own(command):
