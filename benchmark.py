@@ -514,29 +514,24 @@ def time_runs(run, iterations, device):
     CUDA: one event before and one after each call on the current stream, no host synchronisation in between.
     CPU: time.perf_counter.
     """
-    gc.collect()
-    gc.disable()
-    try:
-        if device == "cpu":
-            times_ms = []
-            for _ in range(iterations):
-                start = time.perf_counter()
-                outputs = run()
-                times_ms.append((time.perf_counter() - start) * 1e3)
-        else:
-            pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-            for start, end in pairs:  # the first record() creates the event: that must not fall into the loop
-                start.record()
-                end.record()
-            torch.cuda.synchronize()
-            for start, end in pairs:
-                start.record()
-                outputs = run()
-                end.record()
-            torch.cuda.synchronize()
-            times_ms = [start.elapsed_time(end) for start, end in pairs]
-    finally:
-        gc.enable()
+    if device == "cpu":
+        times_ms = []
+        for _ in range(iterations):
+            start = time.perf_counter()
+            outputs = run()
+            times_ms.append((time.perf_counter() - start) * 1e3)
+    else:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+        for start, end in pairs:  # the first record() creates the event: that must not fall into the loop
+            start.record()
+            end.record()
+        torch.cuda.synchronize()
+        for start, end in pairs:
+            start.record()
+            outputs = run()
+            end.record()
+        torch.cuda.synchronize()
+        times_ms = [start.elapsed_time(end) for start, end in pairs]
     return np.array(times_ms), outputs
 
 
@@ -670,17 +665,23 @@ def process_memory_bytes(device):
 # ---- One item, in a process of its own ------------------------------------------------------------------------------
 
 
-def set_precision(precision):
-    """Allow or forbid TF32 everywhere; -> the dtype of weights and floating-point inputs."""
+@contextlib.contextmanager
+def arithmetic(precision):
+    """Allow or forbid TF32 everywhere while it lasts; -> the dtype of weights and floating-point inputs."""
     dtype, tf32, _ = PRECISIONS[precision]
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    return dtype
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = tf32
+        yield dtype
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
-def load_on_device(case, precision):
-    """-> (model, inputs) on the case's device in `precision`."""
-    dtype = set_precision(precision)
+def load_on_device(case, dtype):
+    """-> (model, inputs) on the case's device, with weights and inputs in `dtype`."""
     try:
         model = load_model(case)
     except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
@@ -696,8 +697,9 @@ def load_on_device(case, precision):
 def compute_reference(case, turn):
     """-> the outputs of eager PyTorch in IEEE fp32, which every item is checked against."""
     turn.report("computing")
-    model, inputs = load_on_device(case, "fp32")
-    return output_arrays(model(**inputs))
+    with arithmetic("fp32") as dtype:
+        model, inputs = load_on_device(case, dtype)
+        return output_arrays(model(**inputs))
 
 
 @torch.no_grad()
@@ -713,13 +715,19 @@ def run_item(name, turn):
         except Exception as error:
             raise RuntimeError(f"{name} cannot be imported; pip install -r requirements.txt ({error})") from error
     case, reference = turn.wait()
+    with arithmetic(case.precision) as dtype:
+        return measure_item(build, import_compiler is not None, case, dtype, reference, turn)
+
+
+def measure_item(build, compiles, case, dtype, reference, turn):
+    """-> what run_item() returns. Load, compile, warm up, time, check: the order of the lines defines the columns."""
     turn.report("loading")
     gpu = Gpu(case.device)
     memory_before = 0 if case.device == "cpu" else process_memory_bytes(case.device)
-    model, inputs = load_on_device(case, case.precision)
+    model, inputs = load_on_device(case, dtype)
     synchronize(case.device)
 
-    turn.report("compiling" if import_compiler else "first run")
+    turn.report("compiling" if compiles else "first run")
     start = time.perf_counter()
     run = build(model, inputs, case)
     outputs = run()
@@ -735,6 +743,7 @@ def run_item(name, turn):
 
     turn.report("timing")
     start = time.perf_counter()
+    gc.disable()  # a collection would fall into one run of many; the process ends with this item
     per_run_s = warm_up(run, case.device)
     before = gpu.state()
     times_ms, outputs = time_runs(run, case.iterations or choose_iterations(per_run_s), case.device)
@@ -751,14 +760,14 @@ def run_item(name, turn):
         energy_mj = (after["energy_mj"] - before["energy_mj"]) / (len(times_ms) * case.batch_size)
     return {
         **statistics(times_ms, case.batch_size),
-        "compile_time_s": compile_time_s if import_compiler else None,
+        "compile_time_s": compile_time_s if compiles else None,
         "peak_memory_mib": peak_memory / 2**20,
         "energy_mj_per_sample": energy_mj,
         "rel_error": rel_error,
         "status": "ok" if rel_error <= tolerance else "wrong",
         "error": "" if rel_error <= tolerance else f"rel_error {rel_error:.2e} is above {tolerance:g}",
         "warnings": "; ".join(disturbances(times_ms, before, after)),
-        "timing_s": timing_s + (0 if import_compiler else compile_time_s),
+        "timing_s": timing_s + (0 if compiles else compile_time_s),
     }
 
 

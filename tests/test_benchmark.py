@@ -21,6 +21,9 @@ import benchmark
 def off(model, inputs, case):
     return lambda: model(**inputs).logits * 1.01
 
+def far_off(model, inputs, case):
+    return lambda: model(**inputs).logits * 1.05
+
 def not_a_number(model, inputs, case):
     return lambda: model(**inputs).logits * float("nan")
 
@@ -43,7 +46,7 @@ def hang(model, inputs, case):
 def unsupported(model, inputs, case):
     raise NotImplementedError("no operator\\nfor this")
 
-for function in (off, not_a_number, other_shape, wrong_when_replayed, crash, out_of_memory, hang, unsupported):
+for function in (off, far_off, not_a_number, other_shape, wrong_when_replayed, crash, out_of_memory, hang, unsupported):
     benchmark.TEST_ITEMS[function.__name__] = (function, None)
 
 if __name__ == "__main__":
@@ -122,24 +125,11 @@ def test_each_broken_item_costs_itself_only(command, broken_items, write_model, 
 
 def test_half_precision_has_a_tolerance_of_its_own(command, broken_items, write_model, tmp_path):
     results = tmp_path / "rows.csv"
-    command(
-        broken_items,
-        "--model",
-        write_model(),
-        "--weights",
-        "random",
-        "--test-items",
-        "torch",
-        "off",
-        "--precision",
-        "fp16",
-        "--iterations",
-        7,
-        "--results",
-        results,
-    )
-    torch_row, off_row = read_csv(results)
+    arguments = ["--model", write_model(), "--weights", "random", "--precision", "fp16", "--iterations", 7]
+    command(broken_items, *arguments, "--test-items", "torch", "off", "far_off", "--results", results)
+    torch_row, off_row, far_off_row = read_csv(results)
     assert torch_row["status"] == off_row["status"] == "ok"  # off by 1 %: within fp16's 2 %
+    assert far_off_row["status"] == "wrong" and float(far_off_row["rel_error"]) == pytest.approx(0.05, rel=0.01)
     assert 1e-5 < float(torch_row["rel_error"]) < float(off_row["rel_error"])
     assert torch_row["precision"] == "fp16" and torch_row["iterations"] == "7"
 

@@ -56,7 +56,7 @@ def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
     benchmark.import_tvm()
     config, _ = benchmark.find_model(str(write_model()), "random")
     case = make_case(config, device=CUDA)
-    model, inputs = benchmark.load_on_device(case, "fp32")
+    model, inputs = benchmark.load_on_device(case, torch.float32)
     expected = []
     for factor in (1, -0.5):
         expected.append(benchmark.output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))

@@ -120,16 +120,15 @@ def test_one_run_alone_disturbs_nothing():
 
 
 @pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True), ("fp16", False), ("bf16", False)])
-def test_precision_switches(precision, tf32):
+def test_precision_switches_are_set_and_restored(precision, tf32):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
-    try:
-        dtype = benchmark.set_precision(precision)
+    assert before != [tf32, tf32]  # else the assertions below would show nothing
+    with pytest.raises(ZeroDivisionError), benchmark.arithmetic(precision) as dtype:
         assert [backend.allow_tf32 for backend in backends] == [tf32, tf32]
         assert dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
+        1 / 0
+    assert [backend.allow_tf32 for backend in backends] == before
 
 
 def append_many(path, writer, count):
