@@ -20,6 +20,7 @@ import functools
 import gc
 import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -41,8 +42,8 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
 
 DEFAULT_RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.csv"
 
@@ -88,6 +89,7 @@ class Case:
     weights: str  # "pretrained" or "random"
     weights_dir: str | None  # holds the safetensors of pretrained weights
     batch_size: int
+    seq_len: int
     image_size: int | None
     precision: str
     device: str  # "cpu" or "cuda:N"
@@ -144,6 +146,8 @@ def parse_args(argv=None):
         default="auto",
         help="auto: pretrained where they can be had, else random weights of the same architecture",
     )
+    add("--task", help="the head, by the name that transformers.pipeline uses (default: the one the config names)")
+    add("--seq-len", type=at_least_one, default=128, help="tokens per text, capped by the model's positions")
     add("--image-size", type=at_least_one, help="height and width of the images in pixels (default: the model's own)")
     add("--iterations", type=at_least_one, help=f"timed runs (default: as many as fit into {TIMING_BUDGET_S:g} s)")
     add("--timeout", type=seconds, default=900.0, help="seconds after which an item is given up as failed")
@@ -261,23 +265,43 @@ def read_config(name, directory):
         raise UserError(f"{path}: {one_line(error)}") from None
 
 
-def find_model_class(name, config):
-    """-> the class that config.architectures names, else the image classifier of the family, else its bare model."""
-    candidates = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
-    for mapping in (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING):
-        candidates.append(mapping.get(type(config), None))
+# What a family is for where its config names no head: the first of these that it has.
+DEFAULT_HEADS = (
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "CTC",
+)
+
+
+def find_model_class(name, config, task=None):
+    """-> the class for `task`, else the one that config.architectures names, else the family's first default head."""
+    if task:
+        from transformers.pipelines import SUPPORTED_TASKS
+
+        if task not in SUPPORTED_TASKS:
+            raise UserError(f"--task {task} is unknown; transformers knows {', '.join(SUPPORTED_TASKS)}")
+        candidates = [auto._model_mapping.get(type(config), None) for auto in SUPPORTED_TASKS[task]["pt"]]
+    else:
+        candidates = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
+        for mapping in (*(f"MODEL_FOR_{head}_MAPPING" for head in DEFAULT_HEADS), "MODEL_MAPPING"):
+            candidates.append(getattr(modeling_auto, mapping).get(type(config), None))
     for model_class in candidates:
         if model_class is not None:
-            if model_class.main_input_name != "pixel_values":
-                raise UserError(f"{name} takes {model_class.main_input_name}; only image models can be run so far")
-            return model_class
-    raise UserError(f"{name}: transformers has no model class for {type(config).__name__}")
+            # Some families map to several classes that share a configuration: the first is the plain one.
+            return model_class[0] if isinstance(model_class, (list, tuple)) else model_class
+    what = f"with a head for --task {task}" if task else "of its own"
+    raise UserError(f"{name}: transformers has no model class {what} for {type(config).__name__}")
 
 
 def load_model(case):
     """-> the model of the case: fp32, on the CPU, in evaluation mode, without gradients."""
     torch.manual_seed(SEED)  # random weights, and a head that a checkpoint may lack
-    case.config.return_dict = True
+    for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
+        config.return_dict, config.use_cache = True, False
     if case.weights == "pretrained":
         model = case.model_class.from_pretrained(case.weights_dir, dtype=torch.float32, use_safetensors=True)
     else:
@@ -294,8 +318,9 @@ def keep_signal_size(model, inputs):
 
     The libraries' own initialisations shrink or blow up the signal over many layers, or switch whole blocks off
     (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
-    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. Parameters that start as a constant (biases, norm and
-    layer scales) and BatchNorm's statistics get some noise, so that no operation on them is the identity.
+    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. BatchNorm gets the statistics of what it is fed, as training
+    would give it: without, the channels' means drown what comes from the input. Parameters that start as a constant
+    (biases, norm and layer scales) get some noise, so that no operation on them is the identity.
     """
     for parameter in model.parameters():
         constant = parameter.flatten()[0].item()
@@ -303,13 +328,16 @@ def keep_signal_size(model, inputs):
             parameter.normal_(0, 0.02)
         elif parameter.ndim == 1 and (parameter == constant).all():
             parameter.normal_(1, 0.1)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.8, 1.2)
+
+    def take_statistics(module, arguments):
+        features = arguments[0].movedim(1, 0).flatten(1)  # (channels, everything else)
+        if features.shape[1] > 1:
+            module.running_mean.copy_(features.mean(1))
+            module.running_var.copy_(features.var(1))
 
     def rescale(module, _, output):
+        if not isinstance(output, torch.Tensor):  # a router of experts, say
+            return output
         scale = output.std()
         if not (scale > 0 and scale.isfinite()):
             return output
@@ -325,6 +353,11 @@ def keep_signal_size(model, inputs):
         and module.weight.ndim >= 2
         and not isinstance(module, torch.nn.Embedding)
     ]
+    hooks += [
+        module.register_forward_pre_hook(take_statistics)
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
     model(**inputs)
     for hook in hooks:
         hook.remove()
@@ -333,18 +366,89 @@ def keep_signal_size(model, inputs):
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
 
 
+# Read off the model's config and the signature of its forward(): no table per model.
+
+AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
+
+
 def input_shapes(case):
-    """-> {name: shape} for the model's forward; images are (batch, channels, height, width)."""
-    size = case.image_size or getattr(case.config, "image_size", None) or 224
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = getattr(case.config, "num_channels", 3)
-    return {"pixel_values": (case.batch_size, channels, height, width)}
+    """-> {name: shape} for the model's forward.
+
+    Images are (batch, channels, height, width), videos (batch, frames, channels, height, width), token ids and their
+    mask (batch, tokens), raw audio (batch, samples), spectrograms as the family lays them out. Raises UserError for a
+    model whose main input is none of these.
+    """
+    config, batch = case.config, case.batch_size
+    takes = inspect.signature(case.model_class.forward).parameters
+    main = case.model_class.main_input_name
+    vision, text = getattr(config, "vision_config", None), getattr(config, "text_config", None)
+    image_text = vision is not None and text is not None and {"input_ids", "pixel_values"} <= set(takes)
+    # Language models that see put image tokens into their text; they are fed text alone.
+    image_text = image_text and not any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
+    shapes = {}
+    if main == "input_ids" or image_text:
+        shapes["input_ids"] = (batch, token_count(case, config.get_text_config()))
+        if "attention_mask" in takes:
+            shapes["attention_mask"] = shapes["input_ids"]
+    if main == "pixel_values" or image_text:
+        of_images = vision if vision is not None else config
+        size = case.image_size or getattr(of_images, "image_size", None) or 224
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        shapes["pixel_values"] = (batch, *frames, getattr(of_images, "num_channels", 3), height, width)
+    if main == "input_values":
+        spectrogram = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
+        shapes[main] = (batch, config.max_length, config.num_mel_bins) if spectrogram else (batch, AUDIO_SAMPLES)
+    if main == "input_features":
+        if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):  # Whisper's fixed window
+            shapes[main] = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+        else:
+            bins = getattr(config, "input_feat_per_channel", None) or getattr(config, "num_mel_bins", 80)
+            shapes[main] = (batch, AUDIO_SAMPLES // 160, bins)  # a frame every 10 ms
+    if not shapes:
+        raise UserError(f"{case.model_name} takes {main}, which this benchmark does not know how to make")
+    if config.is_encoder_decoder and "decoder_input_ids" in takes:
+        shapes["decoder_input_ids"] = (batch, token_count(case, config.get_text_config(decoder=True)))
+    return shapes
+
+
+def token_count(case, config):
+    """-> --seq-len, capped by the positions that the model has."""
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    positions = min((getattr(config, name) for name in names if getattr(config, name, None)), default=case.seq_len)
+    # RoBERTa's kin count positions from behind the padding id; the library does so in a function of this name.
+    source = inspect.getsource(inspect.getmodule(case.model_class))
+    if "create_position_ids_from_input_ids" in source:
+        positions -= (config.pad_token_id or 0) + 1
+    return min(case.seq_len, positions)
 
 
 def make_inputs(case):
-    """-> {name: tensor} for the model's forward: seeded standard normal noise, fp32, on the CPU."""
+    """-> {name: tensor} for the model's forward, seeded, on the CPU: fp32 standard normal noise, or int64 token ids."""
     generator = torch.Generator().manual_seed(SEED)
-    return {name: torch.randn(shape, generator=generator) for name, shape in input_shapes(case).items()}
+    inputs = {}
+    for name, shape in input_shapes(case).items():
+        if name == "attention_mask":
+            inputs[name] = torch.ones(shape, dtype=torch.long)
+        elif name.endswith("input_ids"):
+            inputs[name] = make_tokens(case, shape, generator)
+        else:
+            inputs[name] = torch.randn(shape, generator=generator)
+    return inputs
+
+
+def make_tokens(case, shape, generator):
+    """-> ordinary token ids (a special one would mask, end or pad), with an end where the head looks for one."""
+    config = case.config.get_text_config()
+    special = set()
+    for key, value in [*vars(case.config).items(), *vars(config).items()]:
+        if re.search(r"token_(id|index)$", key):  # some models have several ends
+            special.update(value if isinstance(value, (list, tuple)) else [value])
+    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+    if case.config.is_encoder_decoder and case.model_class.__name__.endswith("ForSequenceClassification"):
+        tokens[:, -1] = config.eos_token_id  # T5's and BART's classifiers read the state at the end of the text
+    return tokens
 
 
 # ---- Test items -----------------------------------------------------------------------------------------------------
@@ -690,7 +794,9 @@ def load_on_device(case, dtype):
     if case.device != "cpu":
         torch.cuda.set_device(case.device)
     model = model.to(case.device, dtype)
-    return model, {name: tensor.to(case.device, dtype) for name, tensor in inputs.items()}
+    return model, {
+        name: tensor.to(case.device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+    }
 
 
 @torch.no_grad()
@@ -976,7 +1082,7 @@ def benchmark(args):
     """-> the exit code; every row that came to an end is in the CSV, whatever happens after it."""
     check_results_file(args.results)
     config, weights_dir = find_model(args.model, args.weights)
-    model_class = find_model_class(args.model, config)
+    model_class = find_model_class(args.model, config, args.task)
 
     isolated = functools.partial(Isolated, verbose=args.verbose)
     with contextlib.ExitStack() as stack:
@@ -1001,11 +1107,13 @@ def benchmark(args):
             weights="pretrained" if weights_dir else "random",
             weights_dir=weights_dir and str(weights_dir),
             batch_size=args.batch_size,
+            seq_len=args.seq_len,
             image_size=args.image_size,
             precision=args.precision,
             device=device["device"],
             iterations=args.iterations,
         )
+        input_shape = " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in input_shapes(case).items())
         reference, reference_error = None, None
         with isolated(compute_reference, case) as process:
             try:
@@ -1014,7 +1122,7 @@ def benchmark(args):
                 reference_error = f"no reference to check against: {error}"
         tqdm.write(
             f"{args.model}, batch size {args.batch_size}, {args.precision}, {case.weights} weights, "
-            f"{device['device_name']}"
+            f"{device['device_name']}, {model_class.__name__}: {input_shape}"
         )
         for process in items.values():  # nothing is timed while another item still imports its compiler
             process.wait_until_ready(args.timeout)
@@ -1033,7 +1141,7 @@ def benchmark(args):
                 "batch_size": args.batch_size,
                 "precision": args.precision,
                 "weights": case.weights,
-                "input_shape": " ".join(f"{k}={'x'.join(map(str, v))}" for k, v in input_shapes(case).items()),
+                "input_shape": input_shape,
                 "torch_version": torch.__version__,
                 "tvm_version": version("apache-tvm"),
                 "transformers_version": transformers.__version__,

@@ -280,7 +280,7 @@ def test_cuda_where_there_is_none(capsys, tmp_path, monkeypatch):
         ({"hidden_size": 8}, "model_type"),
         ({"model_type": "from-next-year"}, "a newer one may"),
         ({"model_type": "theirs", "auto_map": {"AutoModel": "modeling.Theirs"}}, "never run"),
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "input_ids"),
+        ({"model_type": "time_series_transformer", "prediction_length": 4}, "past_values"),
         ({**TINY_RESNET, "layer_type": "none"}, "layer_type"),
     ],
 )
@@ -288,6 +288,24 @@ def test_config_that_cannot_be_run(config, says, write_model, capsys, tmp_path):
     directory = write_model(config)
     assert_refused(["--model", directory, "--weights", "random", "--results", tmp_path / "rows.csv"], says, capsys)
     assert not (tmp_path / "rows.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "model_type, task, says",
+    [
+        ("resnet", "no-such-task", "text-classification"),  # the line lists the names
+        ("resnet", "text-classification", "--task text-classification"),
+    ],
+)
+def test_task_that_cannot_be_run(model_type, task, says, write_model, capsys, tmp_path):
+    arguments = ["--model", write_model(), "--task", task, "--weights", "random", "--results", tmp_path / "rows.csv"]
+    assert_refused(arguments, says, capsys)
+
+
+def test_family_whose_library_is_missing(write_model, capsys, tmp_path):
+    directory = write_model({"model_type": "dinat", "architectures": ["DinatForImageClassification"]})
+    arguments = ["--model", directory, "--weights", "random", "--results", tmp_path / "rows.csv"]
+    assert_refused(arguments, "natten", capsys)
 
 
 def test_pickled_weights_are_never_opened(write_model, capsys, tmp_path):

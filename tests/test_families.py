@@ -1,0 +1,113 @@
+"""Small models of many families through eager PyTorch and TVM: inputs and heads come from the config alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_csv
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
+VISION = {**TEXT, "image_size": 32, "patch_size": 8}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "vocab_size": 99,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+IMAGES, TOKENS = "pixel_values=2x3x32x32", "input_ids=2x16 attention_mask=2x16"
+
+# model_type -> (the config's other fields, further options, the inputs that must be fed)
+FAMILIES = {
+    "vit": (VISION, [], IMAGES),
+    "bert": (TEXT, [], TOKENS),
+    "roberta": ({**TEXT, "max_position_embeddings": 14, "pad_token_id": 1}, [], TOKENS.replace("16", "12")),
+    "distilbert": ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 99}, [], TOKENS),
+    "electra": ({**TEXT, "embedding_size": 32}, ["--task", "text-classification"], TOKENS),
+    "llama": ({**TEXT, "num_key_value_heads": 1, "eos_token_id": [2, 5]}, [], TOKENS),
+    "qwen2": ({**TEXT, "num_key_value_heads": 1}, [], TOKENS),
+    "t5": (
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99},
+        [],
+        f"{TOKENS} decoder_input_ids=2x16",
+    ),
+    "bart": (SEQ2SEQ, [], f"{TOKENS} decoder_input_ids=2x16"),
+    "clip": (
+        {"text_config": {**TEXT, "max_position_embeddings": 8}, "vision_config": VISION, "projection_dim": 16},
+        [],
+        f"{TOKENS.replace('16', '8')} {IMAGES}",
+    ),
+    "deit": (VISION, [], IMAGES),
+    "wav2vec2": (
+        {
+            **TEXT,
+            "conv_dim": [16, 16, 16],
+            "conv_stride": [5, 4, 4],
+            "conv_kernel": [10, 3, 3],
+            "num_feat_extract_layers": 3,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 2,
+        },
+        [],
+        "input_values=2x16000",
+    ),
+}
+
+# One process for all: imports cost more than these models do, and benchmark.py isolates every item by itself.
+SCRIPT = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import benchmark
+benchmark.import_tvm()  # else every forked item would
+for arguments in json.loads(sys.argv[1]):
+    try:
+        print(arguments, benchmark.main(arguments), flush=True)
+    except SystemExit as stop:
+        print(arguments, stop.code, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """-> {(model type, item): row}"""
+    directory = tmp_path_factory.mktemp("families")
+    commands = []
+    for model_type, (fields, options, _) in FAMILIES.items():
+        (directory / model_type).mkdir()
+        (directory / model_type / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
+        commands.append(
+            [
+                "--model",
+                str(directory / model_type),
+                "--weights",
+                "random",
+                "--batch-size",
+                "2",
+                "--seq-len",
+                "16",
+                "--iterations",
+                "3",
+                "--test-items",
+                "torch",
+                "tvm",
+                *options,
+                "--results",
+                str(directory / "rows.csv"),
+            ]
+        )
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {(row["model_name"].rpartition("/")[2], row["test_item"]): row for row in read_csv(directory / "rows.csv")}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_family(model_type, rows):
+    for item in ("torch", "tvm"):
+        row = rows[model_type, item]
+        assert row["status"] == "ok", row["error"]
+        assert float(row["rel_error"]) <= 1e-4
+        assert row["input_shape"] == FAMILIES[model_type][2]
