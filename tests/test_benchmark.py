@@ -129,7 +129,7 @@ def test_half_precision_has_a_tolerance_of_its_own(command, broken_items, write_
     command(broken_items, *arguments, "--test-items", "torch", "off", "far_off", "--results", results)
     torch_row, off_row, far_off_row = read_csv(results)
     assert torch_row["status"] == off_row["status"] == "ok"  # off by 1 %: within fp16's 2 %
-    assert far_off_row["status"] == "wrong" and float(far_off_row["rel_error"]) == pytest.approx(0.05, rel=0.01)
+    assert far_off_row["status"] == "wrong" and float(far_off_row["rel_error"]) == pytest.approx(0.05, rel=0.1)
     assert 1e-5 < float(torch_row["rel_error"]) < float(off_row["rel_error"])
     assert torch_row["precision"] == "fp16" and torch_row["iterations"] == "7"
 

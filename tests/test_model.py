@@ -212,10 +212,6 @@ SMALL = {
         ),
         ("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}),
         ("mobilenet_v2", {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10}),
-        (
-            "mobilevit",
-            {"image_size": 64, "hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 16, 16, 20, 24, 64]},
-        ),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 98}),
         ("t5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
     ],
