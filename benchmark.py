@@ -318,9 +318,9 @@ def keep_signal_size(model, inputs):
 
     The libraries' own initialisations shrink or blow up the signal over many layers, or switch whole blocks off
     (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
-    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. BatchNorm gets the statistics of what it is fed, as training
-    would give it: without, the channels' means drown what comes from the input. Parameters that start as a constant
-    (biases, norm and layer scales) get some noise, so that no operation on them is the identity.
+    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. BatchNorm gets the statistics of what it is fed, as
+    training would give it: without, the channels' means drown what comes from the input. Parameters that start as a
+    constant (biases, norm and layer scales) get some noise, so that no operation on them is the identity.
     """
     for parameter in model.parameters():
         constant = parameter.flatten()[0].item()
@@ -1113,7 +1113,11 @@ def benchmark(args):
             device=device["device"],
             iterations=args.iterations,
         )
-        input_shape = " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in input_shapes(case).items())
+        try:
+            shapes = input_shapes(case)
+        except (AttributeError, ValueError) as error:  # a config of a kind that input_shapes() has not met
+            raise UserError(f"{args.model}: its config does not say what it takes: {one_line(error)}") from None
+        input_shape = " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items())
         reference, reference_error = None, None
         with isolated(compute_reference, case) as process:
             try:
