@@ -79,26 +79,9 @@ def rows(tmp_path_factory):
     for model_type, (fields, options, _) in FAMILIES.items():
         (directory / model_type).mkdir()
         (directory / model_type / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
-        commands.append(
-            [
-                "--model",
-                str(directory / model_type),
-                "--weights",
-                "random",
-                "--batch-size",
-                "2",
-                "--seq-len",
-                "16",
-                "--iterations",
-                "3",
-                "--test-items",
-                "torch",
-                "tvm",
-                *options,
-                "--results",
-                str(directory / "rows.csv"),
-            ]
-        )
+        common = "--weights random --batch-size 2 --seq-len 16 --iterations 3 --test-items torch tvm".split()
+        paths = ["--model", str(directory / model_type), "--results", str(directory / "rows.csv")]
+        commands.append([*common, *options, *paths])
     done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return {(row["model_name"].rpartition("/")[2], row["test_item"]): row for row in read_csv(directory / "rows.csv")}

@@ -11,6 +11,7 @@ from conftest import ROOT, read_csv
 import benchmark
 
 ENVIRONMENT = {"PYTHON": sys.executable}
+QUICK = "-- --weights random --test-items torch --iterations 3".split()
 
 
 def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
@@ -18,13 +19,7 @@ def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
     readme = (ROOT / "README.md").read_bytes()
     done = command(
         "benchmark_all.sh",
-        "--",
-        "--weights",
-        "random",
-        "--test-items",
-        "torch",
-        "--iterations",
-        3,
+        *QUICK,
         MODELS=f"{missing} {small}",
         BATCH_SIZES="1 3",
         RESULTS=results,
@@ -47,13 +42,7 @@ def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
 def test_sweep_of_ok_rows_ends_with_zero(command, write_model, tmp_path):
     done = command(
         "benchmark_all.sh",
-        "--",
-        "--weights",
-        "random",
-        "--test-items",
-        "torch",
-        "--iterations",
-        3,
+        *QUICK,
         MODELS=write_model(),
         BATCH_SIZES="2",
         PRECISIONS="fp32 bf16",
