@@ -3,47 +3,148 @@
 #
 #   bash benchmark_all.sh                                     the founding sweep
 #   MODELS="google/vit-base-patch16-224" BATCH_SIZES="1 8" PRECISIONS="fp32 fp16" bash benchmark_all.sh -- --iterations 100
+#   GPUS="0 1 2 3" bash benchmark_all.sh                      four cases at once, one on each GPU
+#   bash benchmark_all.sh --list                              one command line a case, for another engine (Slurm, say)
 #
 # MODELS, BATCH_SIZES   what to run, separated by spaces
 # PRECISIONS            likewise (default: fp32)
 # RESULTS               the CSV that rows are appended to (default: results/benchmark.csv beside this script)
 # PYTHON                the interpreter (default: python)
+# Rows that are there (same case, item, device and versions) are not run again, so a sweep that was stopped goes on.
+# FORCE=1               run them all the same
+# RETRY=failed          run those again that are not ok
+# With one of these, GNU parallel runs several cases at once, each on its share of the CPU cores:
+# GPUS                  one case at a time on each of these GPUs (numbers or UUIDs, as in CUDA_VISIBLE_DEVICES)
+# JOBS                  so many cases at once (default: one for each of GPUS)
+# HOSTS                 on these hosts, by ssh, and not on this one; each has this directory at the same path
 # Options after -- go to benchmark.py unchanged. A case that fails does not stop the sweep. Exit code:
 # 0 all rows ok, 1 not all, 2 bad arguments of this script, 130 interrupted.
 set -u
+
+fail() {
+    echo "benchmark_all.sh: error: $1" >&2
+    exit 2
+}
+
+# What GNU parallel calls: one case ("$@") in a slot of this host, out of so many, on the slot's GPU if GPUs are given.
+in_slot() {
+    local slots=$1 gpus slot cores share
+    read -ra gpus <<<"$2"
+    shift 2
+    # Job slots are numbered across all hosts; a login stands for one slot of its host and carries that number.
+    slot=$(expr "$PARALLEL_SSHLOGIN" : 'env SLOT=\([0-9]*\)' || echo "$PARALLEL_JOBSLOT")
+    [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot - 1]}
+    read -ra cores <<<"$("$1" -c 'import os; print(*sorted(os.sched_getaffinity(0)))')"
+    share=$((${#cores[@]} / slots))
+    if [ $share -gt 0 ]; then
+        taskset -cp "$(IFS=, && echo "${cores[*]:(slot - 1) * share:share}")" $$ >/dev/null
+    fi
+    exec setpriv --pdeathsig TERM "$@" --concurrent-cases "$slots"
+}
+
+if [ "${1-}" = --in-slot ]; then
+    shift
+    in_slot "$@"
+fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra models <<<"${MODELS:-facebook/convnext-tiny-224 microsoft/resnet-50}"
 read -ra batch_sizes <<<"${BATCH_SIZES:-1 4 16}"
 read -ra precisions <<<"${PRECISIONS:-fp32}"
-results=${RESULTS:-$here/results/benchmark.csv}
+read -ra gpus <<<"${GPUS:-}"
+read -ra hosts <<<"${HOSTS:-}"
+results=$(realpath -m "${RESULTS:-$here/results/benchmark.csv}")
 python=${PYTHON:-python}
 
-if [ "${1---}" != -- ]; then
-    echo "benchmark_all.sh: error: unknown argument $1; options for benchmark.py stand after --" >&2
-    exit 2
+list=
+if [ "${1-}" = --list ]; then
+    list=1
+    shift
 fi
+[ "${1---}" = -- ] || fail "unknown argument $1; options for benchmark.py stand after --"
 shift $(($# > 0))
 
-total=$((${#precisions[@]} * ${#models[@]} * ${#batch_sizes[@]}))
-number=0
-problems=()
+case ${RETRY:-} in
+'') skip=(--skip ended) ;;
+failed) skip=(--skip ok) ;;
+*) fail "RETRY takes failed, not $RETRY" ;;
+esac
+[ -z "${FORCE:-}" ] || skip=()
+
+jobs=${JOBS:-${#gpus[@]}}
+[[ $jobs =~ ^[0-9]{1,4}$ ]] || fail "JOBS takes a whole number, not $jobs"
+[ ${#gpus[@]} -eq 0 ] || [ "$jobs" -eq ${#gpus[@]} ] || fail "JOBS=$jobs, but GPUS names ${#gpus[@]}: a GPU runs one case at a time"
+[ "$jobs" -gt 0 ] || [ ${#hosts[@]} -eq 0 ] || jobs=1
+if [ "$jobs" -gt 0 ]; then
+    [[ $(parallel --version 2>/dev/null) == "GNU parallel"* ]] ||
+        fail "GPUS, JOBS and HOSTS need GNU parallel (apt install parallel); without them the cases run one by one"
+fi
+
+cases=()
 for precision in "${precisions[@]}"; do
     for model in "${models[@]}"; do
         for batch_size in "${batch_sizes[@]}"; do
-            number=$((number + 1))
-            echo "[$number/$total]"
-            "$python" "$here/benchmark.py" --model "$model" --batch-size "$batch_size" --precision "$precision" \
-                --results "$results" "$@"
-            code=$?
-            [ $code -eq 130 ] && exit 130
-            [ $code -eq 0 ] || problems+=("$model, batch size $batch_size, $precision: exit code $code")
+            cases+=("$(printf '%q ' "$python" "$here/benchmark.py" --model "$model" --batch-size "$batch_size" \
+                --precision "$precision" --results "$results" "${skip[@]}" "$@")")
         done
     done
 done
+if [ -n "$list" ]; then
+    printf '%s\n' "${cases[@]}"
+    exit
+fi
+
+# Children run in the background, so that a signal to this script alone reaches them too, and at once; setpriv ends them
+# when this script is killed outright.
+child=
+stop() {
+    if [ -n "$child" ]; then
+        kill -"$1" "$child" 2>/dev/null
+        wait "$child"
+    fi
+    echo "benchmark_all.sh: interrupted; finished rows are kept, the same command goes on from there" >&2
+    exit 130
+}
+
+problems=()
+if [ "$jobs" -eq 0 ]; then
+    trap 'stop TERM' INT TERM
+    for i in "${!cases[@]}"; do
+        echo "[$((i + 1))/${#cases[@]}]"
+        eval "setpriv --pdeathsig TERM ${cases[i]} &"
+        child=$!
+        wait "$child"
+        code=$?
+        [ $code -eq 0 ] || problems+=("exit code $code: benchmark.py ${cases[i]#*/benchmark.py }")
+    done
+else
+    trap 'stop INT' INT TERM
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    logins=()
+    for host in "${hosts[@]}"; do
+        for ((slot = 1; slot <= jobs; slot++)); do
+            logins+=(--sshlogin "1/env SLOT=$slot ssh $host")
+        done
+    done
+    [ ${#hosts[@]} -gt 0 ] || logins=(--jobs "$jobs")
+    # A case gets 20 s to end its processes and to remove its temporary files before it is killed.
+    setpriv --pdeathsig INT parallel "${logins[@]}" --workdir "$PWD" --termseq TERM,20000,KILL,25 --joblog "$log" \
+        --line-buffer --tagstring "[{#}/${#cases[@]}]" \
+        ::: "${cases[@]/#/"$(printf '%q ' bash "$here/benchmark_all.sh" --in-slot "$jobs" "${gpus[*]}")"}" &
+    child=$!
+    wait "$child"
+    ended=0
+    while IFS=$'\t' read -r _ _ _ _ _ _ code signal command; do
+        ended=$((ended + 1))
+        [ "$code $signal" = "0 0" ] || problems+=("exit code $code, signal $signal: benchmark.py ${command#*/benchmark.py }")
+    done < <(tail -n +2 "$log")
+    [ $ended -eq ${#cases[@]} ] || problems+=("$((${#cases[@]} - ended)) cases did not run")
+fi
+trap - INT TERM
 
 echo
-echo "$total cases in $SECONDS s, ${#problems[@]} with rows that are not ok"
+echo "${#cases[@]} cases in $SECONDS s, ${#problems[@]} with rows that are not ok"
 [ ${#problems[@]} -eq 0 ] || printf '  %s\n' "${problems[@]}"
 
 if [ -s "$results" ]; then # without a row there is nothing to draw

@@ -50,6 +50,7 @@ USED_COLUMNS = {
     "transformers_version",
     "driver_version",
     "timestamp_utc",
+    "concurrent_cases",
 }
 
 
@@ -109,6 +110,7 @@ def markdown(rows):
                 ("transformers", "transformers_version"),
                 ("driver", "driver_version"),
                 ("weights", "weights"),
+                ("cases at once:", "concurrent_cases"),
             ]
             if group[column].astype(bool).any()
         )

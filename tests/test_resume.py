@@ -1,0 +1,280 @@
+"""Sweeps that survive and scale: resuming, killing, several slots and several hosts at once."""
+
+import collections
+import itertools
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY_RESNET, read_csv
+
+import benchmark
+
+KILLS = int(
+    os.environ.get("KILLS", 3)
+)  # KILLS=200 pytest tests/test_resume.py -k kill -s: the figure in docs/sweeps.md
+QUICK = "-- --weights random --test-items torch --iterations 3".split()
+VARIABLES = {"PYTHON": sys.executable, "RESULTS": "rows.csv"}
+
+
+@pytest.fixture
+def sweep(command, write_model):
+    """-> function that runs benchmark_all.sh on a small model at batch sizes 1 and 2."""
+    model = write_model()
+
+    def run(*arguments, **variables):
+        return command(
+            "benchmark_all.sh",
+            *(arguments or QUICK),
+            **{"MODELS": model, "BATCH_SIZES": "1 2", **VARIABLES, **variables},
+        )
+
+    return run
+
+
+def batch_sizes(path):
+    return [row["batch_size"] for row in read_csv(path)]
+
+
+def test_resume_force_and_retry(sweep, tmp_path):
+    rows = tmp_path / "rows.csv"
+    assert sweep(BATCH_SIZES="1").returncode == 0
+    done = sweep()
+    assert done.returncode == 0 and batch_sizes(rows) == ["1", "2"]
+    assert f"already in {rows}: torch (ok)" in done.stdout
+    rows.write_text(rows.read_text().replace(",ok,", ",failed,", 1))
+    assert sweep(BATCH_SIZES="1").returncode == 1 and batch_sizes(rows) == ["1", "2"]  # there, and still not ok
+    assert sweep(RETRY="failed").returncode == 0 and batch_sizes(rows) == ["1", "2", "1"]
+    assert sweep(FORCE="1", BATCH_SIZES="2").returncode == 0 and batch_sizes(rows) == ["1", "2", "1", "2"]
+
+
+def test_what_counts_as_the_same_run(tmp_path):
+    path = tmp_path / "rows.csv"
+    row = {name: f"a {name}" for name in benchmark.COLUMNS} | {"test_item": "torch", "status": "failed"}
+    assert benchmark.find_statuses(path, row) == {}
+    benchmark.append_row(path, row)
+    benchmark.append_row(path, row | {"status": "ok"}, unless=("failed",))  # another process was first
+    benchmark.append_row(path, row | {"test_item": "tvm"})
+    assert benchmark.find_statuses(path, row) == {"torch": "failed", "tvm": "failed"}
+    benchmark.append_row(path, row | {"status": "ok", "infer_time_mean_ms": 1.5}, unless=("ok",))
+    assert benchmark.find_statuses(path, row) == {"torch": "ok", "tvm": "failed"}
+    for name in benchmark.SAME_CASE:
+        assert benchmark.find_statuses(path, row | {name: "other"}) == {}
+    for name in ("compile_time_s", "timestamp_utc", "warnings", "concurrent_cases", "driver_version"):
+        assert benchmark.find_statuses(path, row | {name: "other"}) != {}
+
+
+def test_a_half_written_line_is_cut_off_and_a_whole_one_is_kept(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [{name: f"{name} {number}" for name in benchmark.COLUMNS} for number in range(3)]
+    benchmark.append_row(path, rows[0])
+    whole = path.read_text()
+    path.write_text(whole.rstrip("\n"))  # as an editor may save it
+    benchmark.append_row(path, rows[1])
+    assert path.read_text() == whole + whole.splitlines()[1].replace(" 0", " 1") + "\n"
+    kept = path.read_text()
+    for end in (1, len(whole) // 4, 2):  # of the line that the power failure left
+        path.write_text(kept + whole.splitlines()[1][:-end])
+        assert benchmark.find_statuses(path, rows[0]) == {"test_item 0": "status 0"}
+        benchmark.append_row(path, rows[2])
+        lines = path.read_text().splitlines()
+        assert path.read_text().endswith(" 2\n")
+        assert [line.count(",") for line in lines] == [lines[0].count(",")] * len(lines)
+
+
+def test_list_prints_a_command_line_a_case(sweep, write_model, tmp_path):
+    done = sweep("--list", *QUICK, MODELS=write_model(name="a_model"), PRECISIONS="fp32 bf16")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 4 and not (tmp_path / "rows.csv").exists()
+    assert shlex.split(lines[0])[:2] == [sys.executable, str(ROOT / "benchmark.py")]
+    subprocess.run(["bash", "-c", lines[3]], cwd=tmp_path, check=True, capture_output=True)
+    (row,) = read_csv(tmp_path / "rows.csv")
+    assert (row["batch_size"], row["precision"]) == ("2", "bf16")
+
+
+def gnu_parallel():
+    try:
+        done = subprocess.run(["parallel", "--version"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return False
+    return done.stdout.startswith("GNU parallel")
+
+
+needs_parallel = pytest.mark.skipif(not gnu_parallel(), reason="no GNU parallel")
+
+
+@needs_parallel
+def test_two_slots_share_the_cores(sweep, tmp_path):
+    done = sweep(JOBS="2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_csv(tmp_path / "rows.csv")
+    assert sorted(row["batch_size"] for row in rows) == ["1", "2"]
+    assert {row["concurrent_cases"] for row in rows} == {"2"}
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert all(f", {threads} threads" in row["device_name"] for row in rows) or threads == 1
+    assert "2 cases" in done.stdout and "0 with rows" in done.stdout
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """-> a script in python's place that says where benchmark.py would run, and fails at batch size 2."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"""#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} "$@"
+case "$1" in */plot.py) exit 0 ;; esac
+echo "host=$HOST gpu=$CUDA_VISIBLE_DEVICES $*"; sleep 2
+case "$*" in *"--batch-size 2"*) exit 1 ;; esac
+"""
+    )
+    script.chmod(0o755)
+    return script
+
+
+def said(line):
+    return " ".join(line.partition("\t")[2].split()[:2])
+
+
+@needs_parallel
+def test_slots_have_a_gpu_each_and_failures_are_named(sweep, interpreter):
+    done = sweep(GPUS="5 7", BATCH_SIZES="1 2 3 4", PYTHON=interpreter, HOST="")
+    lines = [line for line in done.stdout.splitlines() if "gpu=" in line]
+    assert done.returncode == 1 and len(lines) == 4
+    assert sorted(map(said, lines)) == ["host= gpu=5"] * 2 + ["host= gpu=7"] * 2
+    assert all(line.endswith("--concurrent-cases 2") for line in lines)
+    assert "4 cases" in done.stdout and "1 with rows" in done.stdout and "exit code 1" in done.stdout
+
+
+@needs_parallel
+def test_hosts_have_slots_of_their_own(sweep, tmp_path, interpreter):
+    ssh = (
+        tmp_path / "bin" / "ssh"
+    )  # stands for a network: "ssh HOST -- COMMAND" runs here, and says where it would have
+    ssh.parent.mkdir()
+    ssh.write_text('#!/bin/sh\nexport HOST=$1\nshift 2  # the host and --\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    path = f"{ssh.parent}:{os.environ['PATH']}"
+    done = sweep(HOSTS="one two", GPUS="5 7", BATCH_SIZES="1 2 3 4", PYTHON=interpreter, PATH=path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert {said(line) for line in done.stdout.splitlines() if "gpu=" in line} == {
+        f"host={host} gpu={gpu}" for host in ("one", "two") for gpu in (5, 7)
+    }
+
+
+@pytest.mark.parametrize(
+    "variables, says",
+    [
+        ({"RETRY": "wrong"}, "RETRY"),
+        ({"JOBS": "two"}, "JOBS"),
+        ({"JOBS": "3", "GPUS": "0 1"}, "GPUS names 2"),
+        ({"GPUS": "0"}, "GNU parallel"),
+        ({"HOSTS": "a"}, "GNU parallel"),
+    ],
+)
+def test_bad_variables_are_one_line(sweep, tmp_path, variables, says):
+    other = tmp_path / "bin" / "parallel"  # that of moreutils, which has the same name
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho 'parallel from moreutils'\n")
+    other.chmod(0o755)
+    done = sweep(**variables, PATH=f"{other.parent}:{os.environ['PATH']}")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def descendants(pid):
+    """-> process ids of the tree under `pid`, itself included."""
+    found = [pid]
+    for process in found:
+        try:
+            for thread in os.listdir(f"/proc/{process}/task"):
+                with open(f"/proc/{process}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+def start_sweep(model, tmp_path, jobs):
+    environment = {
+        **os.environ,
+        **VARIABLES,
+        "MODELS": str(model),
+        "BATCH_SIZES": "1 2 3",
+        "TMPDIR": str(tmp_path / "t"),
+    }
+    environment |= {"JOBS": str(jobs), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "t").mkdir(exist_ok=True)
+    return subprocess.Popen(
+        ["bash", str(ROOT / "benchmark_all.sh"), *QUICK],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("to_group, jobs", [(True, 0), pytest.param(False, 2, marks=needs_parallel)])
+def test_interrupt_leaves_nothing_behind(write_model, tmp_path, to_group, jobs):
+    running = start_sweep(write_model(), tmp_path, jobs)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "t").glob("benchmark-*")) and time.monotonic() < deadline:  # an item's scratch directory
+        time.sleep(0.05)
+    time.sleep(1)
+    (os.killpg if to_group else os.kill)(running.pid, signal.SIGINT)  # Ctrl-C reaches the group of the terminal
+    assert running.wait(timeout=30) == 130
+    left = [path for path in os.listdir(tmp_path / "t") if not path.startswith("torchinductor")]  # torch's own, empty
+    assert left == []
+    assert not any(str(tmp_path) in line for line in process_list())
+
+
+def process_list():
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.timeout(60 + 30 * KILLS)
+def test_kills_lose_and_double_nothing(write_model, tmp_path):
+    """kill -9 of a random process of the sweep, again and again; then the rows are complete and each is there once."""
+    generator = random.Random(0)
+    modes = itertools.cycle([0, 2] if gnu_parallel() else [0])
+    results, killed, sweeps = tmp_path / "rows.csv", collections.Counter(), 0
+    model = write_model(TINY_RESNET)
+    while sum(killed.values()) < KILLS:
+        running, sweeps = start_sweep(model, tmp_path, next(modes)), sweeps + 1
+        time.sleep(generator.uniform(0, 12))
+        if running.poll() is None:
+            victim = generator.choice(descendants(running.pid))
+            try:
+                with open(f"/proc/{victim}/cmdline") as file:
+                    name = next(
+                        (n for n in ("benchmark.py", "benchmark_all.sh", "parallel") if n in file.read()), "other"
+                    )
+                os.kill(victim, signal.SIGKILL)
+                killed[name] += 1
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+        elif results.exists():
+            results.unlink()  # all rows are there: begin anew
+        if generator.random() < 0.5:  # let it come to its end or start the next one beside what is left of it
+            running.wait(timeout=120)
+        check_rows(results, complete=False)
+    assert start_sweep(model, tmp_path, 0).wait(timeout=120) in (0, 1)
+    check_rows(results, complete=True)
+    print(f"\n{sum(killed.values())} kills in {sweeps} sweeps: {dict(killed)}")
+
+
+def check_rows(results, complete):
+    rows = read_csv(results) if results.exists() else []
+    # Half of the cores is another device on a CPU: a case has a row for each.
+    cases = [(row["batch_size"], row["device_name"]) for row in rows]
+    assert len(set(cases)) == len(cases), cases
+    for row in rows:
+        assert None not in row and None not in row.values() and row["status"] in ("ok", "failed")
+    if complete:
+        full = f", {len(os.sched_getaffinity(0))} threads"
+        assert sorted(size for size, device in cases if device.endswith(full)) == ["1", "2", "3"]
