@@ -1,8 +1,5 @@
-"""What only a GPU can show. docs/methodology.md holds what `pytest -m gpu -s` printed on an H200."""
+"""Behaviour that only a GPU can show; tests/test_evidence.py has the measurements."""
 
-import functools
-
-import numpy as np
 import pytest
 import torch
 from conftest import TINY_RESNET, read_csv
@@ -12,12 +9,6 @@ import benchmark
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda:0"
-
-
-def median_ms(run, iterations=None):
-    per_run_s = benchmark.warm_up(run, CUDA)
-    times_ms, _ = benchmark.time_runs(run, iterations or benchmark.choose_iterations(per_run_s), CUDA)
-    return np.median(times_ms)
 
 
 def test_default_items(command, write_model, tmp_path):
@@ -65,25 +56,3 @@ def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
         inputs["pixel_values"].mul_(factor)
         for _ in range(3):
             assert benchmark.relative_error(benchmark.output_arrays(run()), reference) < 1e-5
-
-
-def test_known_work():
-    """A matrix product and a copy run at the rates that the H200 is known to reach: 770 to 800 TFLOP/s, 4.3 TB/s."""
-    a, b = (torch.randn(8192, 8192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        torch.mm(a, b)
-    # Ten runs, as the known figure was taken: within seconds the power cap lowers the clock (a row then warns of it).
-    times_ms, _ = benchmark.time_runs(functools.partial(torch.mm, a, b), 10, CUDA)
-    source = torch.randn(2**30, device=CUDA)
-    copy_ms = median_ms(functools.partial(torch.empty_like(source).copy_, source))
-    tflops, tbytes = 2 * 8192**3 / np.median(times_ms) / 1e9, 2 * 4 * 2**30 / copy_ms / 1e9
-    print(f"\nmatrix product {tflops:.0f} TFLOP/s, copy {tbytes:.2f} TB/s")
-    if "H200" in torch.cuda.get_device_name(0):
-        assert 740 < tflops < 830 and 4.1 < tbytes < 4.5
-
-
-def test_harness_overhead():
-    """An item that is one kernel with one thread's work: what it reads is the timer's own share of every figure."""
-    overhead_us = 1e3 * median_ms(torch.zeros(1, device=CUDA).zero_)
-    print(f"\nempty kernel {overhead_us:.1f} us")
-    assert overhead_us < 15
