@@ -71,6 +71,23 @@ class CurrentStream:
         return 0, torch.cuda.current_stream().cuda_stream
 
 
+@functools.cache  # NVBench takes no further benchmark once one has run: this one runs whatever is in `launched`
+def register_nvbench():
+    import cuda.bench
+
+    launched = []
+
+    def launch(_):
+        launched[0]()
+
+    def back_to_back(state):
+        state.set_stream(CurrentStream())
+        state.exec(launch, batched=True)
+
+    cuda.bench.register(back_to_back)
+    return launched
+
+
 def nvbench_ms(run, tmp_path):
     """-> NVBench's mean over a batch of runs back to back, without an L2 flush; NaN where there is no cuda-bench."""
     try:
@@ -78,16 +95,9 @@ def nvbench_ms(run, tmp_path):
     except ImportError:
         return math.nan
 
-    def launch(_):
-        run()
-
-    def back_to_back(state):
-        state.set_stream(CurrentStream())
-        state.exec(launch, batched=True)
-
-    cuda.bench.register(back_to_back).set_name(tmp_path.name)
+    register_nvbench()[:] = [run]
     output = tmp_path / "nvbench.json"
-    cuda.bench.run_all_benchmarks(["nvbench", "--benchmark", tmp_path.name, "--json", str(output), "--quiet"])
+    cuda.bench.run_all_benchmarks(["nvbench", "--json", str(output), "--quiet"])
     (state,) = json.loads(output.read_text())["benchmarks"][0]["states"]
     (mean,) = (summary for summary in state["summaries"] if summary["tag"] == "nv/batch/time/gpu/mean")
     return 1e3 * float(mean["data"][0]["value"])
@@ -197,7 +207,7 @@ with torch.no_grad(), benchmark.arithmetic("fp32") as dtype:
 
 def test_compile_time_against_a_stopwatch(command, tmp_path, monkeypatch):
     """compile_time_s is what a stopwatch shows from the loaded model to the first output in a fresh process."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}", prepend=":")
     for item in ("torch_compile", "tvm"):
         rows = rows_of(command, tmp_path / f"{item}.csv", "--test-items", item)
         for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
@@ -240,7 +250,10 @@ def test_peak_memory_of_known_weights(command, write_model, tmp_path):
     for item in items:
         print(f"{item}: {small[item]:.0f} and {large[item]:.0f} MiB, {large[item] - small[item]:.0f} MiB apart")
     for item in items:
-        assert large[item] - small[item] == pytest.approx(large_mib - small_mib, rel=0.03)
+        # TVM's default pipeline transposes a Linear's weight anew at every inference: a workspace of that size, which
+        # is half of the difference.
+        factor = 1.5 if item == "tvm" else 1
+        assert large[item] - small[item] == pytest.approx(factor * (large_mib - small_mib), rel=0.03)
 
 
 # ---- The founding README's mistakes ---------------------------------------------------------------------------------

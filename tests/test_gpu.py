@@ -47,12 +47,13 @@ def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
     benchmark.import_tvm()
     config, _ = benchmark.find_model(str(write_model()), "random")
     case = make_case(config, device=CUDA)
-    model, inputs = benchmark.load_on_device(case, torch.float32)
-    expected = []
-    for factor in (1, -0.5):
-        expected.append(benchmark.output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))
-    run = benchmark.tvm_default(model, inputs, case)
-    for factor, reference in zip((1, -0.5), expected):
-        inputs["pixel_values"].mul_(factor)
-        for _ in range(3):
-            assert benchmark.relative_error(benchmark.output_arrays(run()), reference) < 1e-5
+    with benchmark.arithmetic("fp32") as dtype, torch.no_grad():
+        model, inputs = benchmark.load_on_device(case, dtype)
+        expected = []
+        for factor in (1, -0.5):
+            expected.append(benchmark.output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))
+        run = benchmark.tvm_default(model, inputs, case)
+        for factor, reference in zip((1, -0.5), expected):
+            inputs["pixel_values"].mul_(factor)
+            for _ in range(3):
+                assert benchmark.relative_error(benchmark.output_arrays(run()), reference) < 1e-5
