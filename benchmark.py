@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from pathlib import Path
 
 import huggingface_hub
@@ -329,9 +330,12 @@ def keep_signal_size(model, inputs):
 
     The libraries' own initialisations shrink or blow up the signal over many layers, or switch whole blocks off
     (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
-    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. BatchNorm gets the statistics of what it is fed, as
-    training would give it: without, the channels' means drown what comes from the input. Parameters that start as a
-    constant (biases, norm and layer scales) get some noise, so that no operation on them is the identity.
+    (Mishkin and Matas, arXiv:1511.06422) in one forward pass. Parameters that start as a constant (biases, norm and
+    layer scales) get some noise, so that no operation on them is the identity.
+
+    BatchNorm gets statistics of what it is fed, as training would give it: without, the channels' means can drown what
+    comes from the input. But taking the whole mean away makes some networks blow up rounding errors layer by layer
+    (Yang et al., arXiv:1902.08129), more than trained ones do: as much of it goes as leaves small changes small.
     """
     for parameter in model.parameters():
         constant = parameter.flatten()[0].item()
@@ -340,11 +344,18 @@ def keep_signal_size(model, inputs):
         elif parameter.ndim == 1 and (parameter == constant).all():
             parameter.normal_(1, 0.1)
 
-    def take_statistics(module, arguments):
-        features = arguments[0].movedim(1, 0).flatten(1)  # (channels, everything else)
-        if features.shape[1] > 1:
-            module.running_mean.copy_(features.mean(1))
-            module.running_var.copy_(features.var(1))
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
+        and module.weight.ndim >= 2
+        and not isinstance(module, torch.nn.Embedding)
+    ]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
 
     def rescale(module, _, output):
         if not isinstance(output, torch.Tensor):  # a router of experts, say
@@ -357,21 +368,32 @@ def keep_signal_size(model, inputs):
             module.bias.div_(scale)
         return output / scale
 
-    hooks = [
-        module.register_forward_hook(rescale)
-        for module in model.modules()
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-        and module.weight.ndim >= 2
-        and not isinstance(module, torch.nn.Embedding)
-    ]
-    hooks += [
-        module.register_forward_pre_hook(take_statistics)
-        for module in model.modules()
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    model(**inputs)
-    for hook in hooks:
-        hook.remove()
+    def take_statistics(share_of_mean, module, arguments):
+        features = arguments[0].movedim(1, 0).flatten(1)  # (channels, everything else)
+        if features.shape[1] > 1:
+            module.running_mean.copy_(share_of_mean * features.mean(1))
+            module.running_var.fill_((features - module.running_mean[:, None]).square().mean())
+
+    for share_of_mean in (1, 1 / 8, 0):
+        hooks = [layer.register_forward_hook(rescale) for layer in layers]
+        hooks += [norm.register_forward_pre_hook(functools.partial(take_statistics, share_of_mean)) for norm in norms]
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        if not norms or share_of_mean == 0 or growth_of_a_change(model, inputs) <= 1:
+            return
+
+
+def growth_of_a_change(model, inputs, size=1e-3):
+    """-> how many times larger the output changes than the input, relatively, when noise of `size` multiplies it."""
+    generator = torch.Generator().manual_seed(SEED + 1)  # not the noise that the inputs are made of
+    changed = {
+        name: tensor * (1 + size * torch.randn(tensor.shape, generator=generator))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in inputs.items()
+    }
+    return relative_error(output_arrays(model(**changed)), output_arrays(model(**inputs))) / size
 
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
@@ -484,7 +506,8 @@ def tvm_default(model, inputs, case):
 
     # Exported on the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only.
     exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
-    module = from_exported_program(exported, keep_params_as_input=True)
+    with products_in_input_dtype():
+        module = from_exported_program(exported, keep_params_as_input=True)
     module, parameters = relax.frontend.detach_params(module)
     device = tvm.runtime.device(case.device)
     # No checks of every kernel's arguments at every launch: the shapes are static, and the checks are most of the host
@@ -501,8 +524,33 @@ def tvm_default(model, inputs, case):
     return vm["inference"]
 
 
-def import_tvm():
-    """Import TVM; where CUDA comes from pip alone, point TVM and NVRTC at the wheels' library and headers."""
+@contextlib.contextmanager
+def products_in_input_dtype():
+    """While it lasts, TVM's importer rounds convolutions and matrix products to their inputs' dtype, as PyTorch does.
+
+    TVM 0.27 gives them fp32 results whatever the inputs are, and then cannot add a bias in fp16 or bf16. Sums are still
+    taken in fp32, by everyone.
+    """
+    from tvm import relax
+
+    def rounded(operator):
+        @functools.wraps(operator)
+        def call(x, *args, **kwargs):
+            product = operator(x, *args, **kwargs)
+            return product if x.ty.dtype == "float32" else relax.op.astype(product, x.ty.dtype)
+
+        return call
+
+    products = [(relax.op.linear_algebra, "matmul")]
+    products += [(relax.op.nn, name) for name in ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose")]
+    with contextlib.ExitStack() as stack:
+        for module, name in products:
+            stack.enter_context(unittest.mock.patch.object(module, name, rounded(getattr(module, name))))
+        yield
+
+
+def import_tvm(precision):
+    """Import what TVM needs for `precision`; where CUDA comes from pip alone, point TVM and NVRTC at the wheels' library and headers."""
     from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
 
     with contextlib.suppress(RuntimeError):  # a system-wide CUDA is found by the dynamic linker
@@ -516,6 +564,18 @@ def import_tvm():
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
+    if (
+        PRECISIONS[precision][0] != torch.float32
+    ):  # schedules for tensor cores, which TVM would import while it compiles
+        getmodule = inspect.getmodule
+
+        def getmodule_of_file(thing, filename=None):
+            return None if filename and filename.startswith("<frozen") else getmodule(thing, filename)
+
+        # TVM asks for the call stack hundreds of times here, and each time inspect searches all modules for the import
+        # system's frames, which belong to no file: minutes in a process that has imported transformers.
+        with unittest.mock.patch.object(inspect, "getmodule", getmodule_of_file):
+            importlib.import_module("tvm.s_tir.tensor_intrin")
 
 
 def compile_kernels(source):
@@ -548,7 +608,7 @@ def compile_kernels(source):
     return linked
 
 
-def import_inductor():
+def import_inductor(precision):
     importlib.import_module("torch._inductor.compile_fx")
 
 
@@ -823,7 +883,7 @@ def compute_reference(case, turn):
 
 
 @torch.no_grad()
-def run_item(name, turn):
+def run_item(name, precision, turn):
     """-> the CSV columns that one test item gives, plus timing_s, the wall seconds of warm-up and timed runs.
 
     It imports its compiler at once, while others compute, and begins when it is given the case and the reference.
@@ -831,7 +891,7 @@ def run_item(name, turn):
     build, import_compiler = TEST_ITEMS[name]
     if import_compiler:
         try:
-            import_compiler()
+            import_compiler(precision)
         except Exception as error:
             raise RuntimeError(f"{name} cannot be imported; pip install -r requirements.txt ({error})") from error
     case, reference = turn.wait()
@@ -1138,7 +1198,7 @@ def benchmark(args):
 
             return process.result(message, timeout_s=args.timeout, on_stage=show)
 
-        items = {name: stack.enter_context(isolated(run_item, name)) for name in args.test_items}
+        items = {name: stack.enter_context(isolated(run_item, name, args.precision)) for name in args.test_items}
         with isolated(describe_device, args.device) as process:
             try:
                 device = result("device", process)

@@ -36,7 +36,7 @@ def build():
         def build(name, item, batch_size):
             function, import_compiler = benchmark.TEST_ITEMS[item]
             if import_compiler:
-                import_compiler()
+                import_compiler("fp32")
             case = make_case(benchmark.builtin_config(name), batch_size=batch_size, device=CUDA)
             run = function(*benchmark.load_on_device(case, dtype), case)
             run()
@@ -193,7 +193,7 @@ FIRST_RUN = """
 import sys, torch, benchmark
 from test_model import make_case
 function, import_compiler = benchmark.TEST_ITEMS[sys.argv[1]]
-import_compiler()
+import_compiler("fp32")
 case = make_case(benchmark.builtin_config("microsoft/resnet-50"), device="cuda:0")
 with torch.no_grad(), benchmark.arithmetic("fp32") as dtype:
     model, inputs = benchmark.load_on_device(case, dtype)
@@ -262,7 +262,7 @@ def test_peak_memory_of_known_weights(command, write_model, tmp_path):
 def test_founding_mistakes(build):
     """Timing torch.compile() itself, and TVM without waiting for the GPU, each beside the right number."""
     case = make_case(benchmark.builtin_config("microsoft/resnet-50"), batch_size=16, device=CUDA)
-    benchmark.import_inductor()
+    benchmark.import_inductor("fp32")
     model, inputs = benchmark.load_on_device(case, torch.float32)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -62,7 +62,7 @@ SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import benchmark
-benchmark.import_tvm()  # else every forked item would
+benchmark.import_tvm("fp32")  # else every forked item would
 for arguments in json.loads(sys.argv[1]):
     try:
         print(arguments, benchmark.main(arguments), flush=True)

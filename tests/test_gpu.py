@@ -44,7 +44,7 @@ def test_out_of_memory_is_a_failed_row(command, write_model, tmp_path):
 
 def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
     """A change of the input in place is seen by the next replay, so neither was it copied nor is a result cached."""
-    benchmark.import_tvm()
+    benchmark.import_tvm("fp32")
     config, _ = benchmark.find_model(str(write_model()), "random")
     case = make_case(config, device=CUDA)
     with benchmark.arithmetic("fp32") as dtype, torch.no_grad():

@@ -251,9 +251,8 @@ def test_kills_lose_and_double_nothing(write_model, tmp_path):
             victim = generator.choice(descendants(running.pid))
             try:
                 with open(f"/proc/{victim}/cmdline") as file:
-                    name = next(
-                        (n for n in ("benchmark.py", "benchmark_all.sh", "parallel") if n in file.read()), "other"
-                    )
+                    command = file.read()
+                name = next((n for n in ("benchmark.py", "benchmark_all.sh", "parallel") if n in command), "other")
                 os.kill(victim, signal.SIGKILL)
                 killed[name] += 1
             except (FileNotFoundError, ProcessLookupError):

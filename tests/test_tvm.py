@@ -12,7 +12,7 @@ import benchmark
 
 @pytest.fixture(scope="module")
 def tvm():
-    benchmark.import_tvm()
+    benchmark.import_tvm("fp32")
     import tvm
 
     return tvm
