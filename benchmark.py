@@ -550,7 +550,10 @@ def products_in_input_dtype():
 
 
 def import_tvm(precision):
-    """Import what TVM needs for `precision`; where CUDA comes from pip alone, point TVM and NVRTC at the wheels' library and headers."""
+    """Import what TVM needs for `precision`.
+
+    Where CUDA comes from pip alone, TVM and NVRTC are pointed at the wheels' library and headers.
+    """
     from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
 
     with contextlib.suppress(RuntimeError):  # a system-wide CUDA is found by the dynamic linker
