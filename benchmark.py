@@ -1037,7 +1037,8 @@ class Turn:
 
 def isolated_main(function, args, connection, scratch, verbose, parent):
     os.setsid()  # a group that can be killed as a whole; Ctrl-C reaches the parent alone, which does that
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives a parent that was killed
     if os.getppid() != parent:
         os._exit(1)
@@ -1291,12 +1292,21 @@ def benchmark(args):
     return 0 if all_skipped_ok and all(row["status"] == "ok" for row in rows) else 1
 
 
+def stop(number, _):
+    """End as an exception does, so that `with` kills the children, and let no second signal interrupt that."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(argv=None):
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each row as it ends
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     tqdm.monitor_interval = 0  # no thread in the process that forks
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` kills the children
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         return benchmark(parse_args(argv))
     except UserError as error:

@@ -28,18 +28,24 @@ fail() {
 
 # What GNU parallel calls: one case ("$@") in a slot of this host, out of so many, on the slot's GPU if GPUs are given.
 in_slot() {
-    local slots=$1 gpus slot cores share
+    local slots=$1 gpus slot cores share start=(setpriv --pdeathsig TERM)
     read -ra gpus <<<"$2"
     shift 2
     # Job slots are numbered across all hosts; a login stands for one slot of its host and carries that number.
-    slot=$(expr "$PARALLEL_SSHLOGIN" : 'env SLOT=\([0-9]*\)' || echo "$PARALLEL_JOBSLOT")
+    if slot=$(expr "$PARALLEL_SSHLOGIN" : 'env SLOT=\([0-9]*\)'); then
+        # GNU parallel kills a remote job's group for good as soon as its shell has ended: out of that group, so that
+        # the case, which gets its signal when the shell ends, has time to remove its temporary files.
+        start=(setsid --wait "${start[@]}")
+    else
+        slot=$PARALLEL_JOBSLOT
+    fi
     [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot - 1]}
     read -ra cores <<<"$("$1" -c 'import os; print(*sorted(os.sched_getaffinity(0)))')"
     share=$((${#cores[@]} / slots))
     if [ $share -gt 0 ]; then
         taskset -cp "$(IFS=, && echo "${cores[*]:(slot - 1) * share:share}")" $$ >/dev/null
     fi
-    exec setpriv --pdeathsig TERM "$@" --concurrent-cases "$slots"
+    exec "${start[@]}" "$@" --concurrent-cases "$slots"
 }
 
 if [ "${1-}" = --in-slot ]; then

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY_RESNET, read_csv
 import benchmark
 
 KILLS = int(
-    os.environ.get("KILLS", 3)
+    os.environ.get("KILLS", 2)
 )  # KILLS=200 pytest tests/test_resume.py -k kill -s: the figure in docs/sweeps.md
 QUICK = "-- --weights random --test-items torch --iterations 3".split()
 VARIABLES = {"PYTHON": sys.executable, "RESULTS": "rows.csv"}
