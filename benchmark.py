@@ -130,6 +130,7 @@ def parse_args(argv=None):
     parser = OneLineParser(
         prog="benchmark.py",
         description="Time one Hugging Face model with eager PyTorch, torch.compile and TVM.",
+        epilog=f"Built in, with random weights and no network: {', '.join(BUILTIN_ARCHITECTURES)}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -172,15 +173,140 @@ def parse_args(argv=None):
 
 # ---- Model ----------------------------------------------------------------------------------------------------------
 
-# Architectures that need no network. Only what differs from the library's default configuration of the model type
-# stands here; the checkpoints' own config.json files agree with those defaults in everything that shapes the network.
+# Architectures that need no network: checkpoint -> (model type, what differs from the library's default configuration
+# of that type, and for large language models the checkpoint's depth: they are cut to BUILTIN_LAYERS, as the row says).
+# The library's source names the checkpoint that each default configuration is taken from; where another one stands
+# here, the overrides are its config.json's.
 IMAGENET = {"num_labels": 1000}
+BUILTIN_LAYERS = 4
 BUILTIN_ARCHITECTURES = {
     "facebook/convnext-tiny-224": ("convnext", IMAGENET),
     "microsoft/resnet-50": ("resnet", IMAGENET),
     "google/vit-base-patch16-224": ("vit", IMAGENET),
     "microsoft/swin-tiny-patch4-window7-224": ("swin", IMAGENET),
     "facebook/dinov2-base": ("dinov2", {"image_size": 518, "architectures": ["Dinov2Model"]}),
+    "facebook/convnextv2-tiny-1k-224": ("convnextv2", IMAGENET),
+    "facebook/deit-base-distilled-patch16-224": ("deit", IMAGENET),
+    "microsoft/beit-base-patch16-224": (
+        "beit",
+        {**IMAGENET, "use_relative_position_bias": True, "use_mean_pooling": True, "layer_scale_init_value": 0.1},
+    ),
+    "microsoft/swinv2-tiny-patch4-window8-256": ("swinv2", {**IMAGENET, "image_size": 256, "window_size": 8}),
+    "google/mobilenet_v2_1.0_224": ("mobilenet_v2", {"num_labels": 1001}),
+    "apple/mobilevit-small": ("mobilevit", IMAGENET),
+    "google/efficientnet-b0": (
+        "efficientnet",
+        {**IMAGENET, "image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280},
+    ),
+    "facebook/regnet-y-040": ("regnet", IMAGENET),
+    "nvidia/segformer-b0-finetuned-ade-512-512": (
+        "segformer",
+        {"num_labels": 150, "image_size": 512, "architectures": ["SegformerForSemanticSegmentation"]},
+    ),
+    "facebook/levit-128S": ("levit", IMAGENET),
+    "sail/poolformer_s12": ("poolformer", IMAGENET),
+    "openai/clip-vit-base-patch32": ("clip", {}),
+    "google/siglip-base-patch16-224": ("siglip", {}),
+    "google-bert/bert-base-uncased": ("bert", {}),
+    "FacebookAI/roberta-base": (
+        "roberta",
+        {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
+    "distilbert/distilbert-base-uncased": ("distilbert", {}),
+    "google/electra-small-discriminator": ("electra", {"architectures": ["ElectraForPreTraining"]}),
+    "FacebookAI/xlm-roberta-base": (
+        "xlm-roberta",
+        {"vocab_size": 250002, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
+    "microsoft/deberta-v3-base": (
+        "deberta-v2",
+        {
+            "vocab_size": 128100,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "type_vocab_size": 0,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "max_relative_positions": -1,
+        },
+    ),
+    "microsoft/mpnet-base": ("mpnet", {"max_position_embeddings": 514}),
+    "answerdotai/ModernBERT-base": ("modernbert", {}),
+    "albert/albert-base-v2": (
+        "albert",
+        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    ),
+    "openai-community/gpt2": ("gpt2", {}),
+    "facebook/opt-125m": ("opt", {}),
+    "EleutherAI/pythia-70m": (
+        "gpt_neox",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "intermediate_size": 2048,
+        },
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        "llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+        16,
+    ),
+    "mistralai/Mistral-7B-v0.1": ("mistral", {}, 32),
+    "Qwen/Qwen2-0.5B": (
+        "qwen2",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        24,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        "qwen3",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+        28,
+    ),
+    "google/gemma-2b": (
+        "gemma",
+        {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 1},
+        18,
+    ),
+    "microsoft/phi-1": ("phi", {}, 24),
+    "google-t5/t5-small": ("t5", {}),
+    "facebook/bart-large": ("bart", {}),
+    "facebook/wav2vec2-base-960h": ("wav2vec2", {}),
+    "facebook/hubert-base-ls960": ("hubert", {"architectures": ["HubertModel"]}),
+    "microsoft/wavlm-base": ("wavlm", {"architectures": ["WavLMModel"]}),
+    "openai/whisper-tiny": ("whisper", {}),
+    "MIT/ast-finetuned-audioset-10-10-0.4593": (
+        "audio-spectrogram-transformer",
+        {"num_labels": 527, "architectures": ["ASTForAudioClassification"]},
+    ),
 }
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 DOWNLOADED = ["config.json", *SAFETENSORS, "model-*-of-*.safetensors"]
@@ -204,8 +330,7 @@ def find_model(name, weights):
                 return builtin_config(name), None
             raise UserError(
                 f"{name}: the hub cannot be reached and the model is not in the cache; check the network, HF_ENDPOINT "
-                f"and HF_HUB_OFFLINE, or take one that is built in with --weights random: "
-                f"{', '.join(BUILTIN_ARCHITECTURES)}"
+                f"and HF_HUB_OFFLINE, or take one of the {len(BUILTIN_ARCHITECTURES)} that are built in (see --help)"
             ) from None
         advice = "use --weights random, or convert the checkpoint to safetensors"
     config = read_config(name, directory)
@@ -222,8 +347,16 @@ def find_model(name, weights):
 
 
 def builtin_config(name):
-    model_type, overrides = BUILTIN_ARCHITECTURES[name]
-    return CONFIG_MAPPING[model_type](**overrides)
+    model_type, overrides, *depth = BUILTIN_ARCHITECTURES[name]
+    return CONFIG_MAPPING[model_type](**overrides, **({"num_hidden_layers": BUILTIN_LAYERS} if depth else {}))
+
+
+def describe_weights(name, config, weights):
+    """-> the row's `weights`: "pretrained", "random", or what is left of a built-in model that is cut in depth."""
+    depth = BUILTIN_ARCHITECTURES.get(name, ())[2:]
+    if weights == "random" and depth and config.num_hidden_layers == BUILTIN_LAYERS:
+        return f"random, {BUILTIN_LAYERS} of {depth[0]} layers"
+    return weights
 
 
 def download(name, with_weights):
@@ -502,13 +635,13 @@ def tvm_default(model, inputs, case):
     """torch.export -> Relax -> tvm.compile with TVM's default pipeline -> VM closure over inputs and weights."""
     import tvm
     from tvm import relax
-    from tvm.relax.frontend.torch import from_exported_program
 
     # Exported on the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only.
-    exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
-    with products_in_input_dtype():
-        module = from_exported_program(exported, keep_params_as_input=True)
-    module, parameters = relax.frontend.detach_params(module)
+    # Attention as matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
+        exported = exported.run_decompositions()
+    module, parameters = relax.frontend.detach_params(import_to_relax(exported))
     device = tvm.runtime.device(case.device)
     # No checks of every kernel's arguments at every launch: the shapes are static, and the checks are most of the host
     # code that LLVM would have to compile.
@@ -522,6 +655,35 @@ def tvm_default(model, inputs, case):
     # The closure holds the argument list: vm["main"](x, *weights) would hand over every weight on every call.
     vm.save_function("main", "inference", *arguments, *weights)
     return vm["inference"]
+
+
+def import_to_relax(exported):
+    """-> the Relax module of a decomposed ExportedProgram, after what TVM 0.27's importer gets wrong is rewritten.
+
+    Type promotion: the logarithm of an integer tensor is refused, a sum of booleans and integers breaks the code
+    generator. PyTorch's own pass for its ONNX exporter makes the casts explicit. Negative indices of select(), as in
+    hidden[:, -1]: the kernel would read in front of the tensor.
+    """
+    from torch.onnx._internal.fx.passes import InsertTypePromotion
+    from tvm import relax
+    from tvm.relax.frontend.torch import from_exported_program
+
+    def convert_element_type(node, importer):
+        dtype = str(node.kwargs["dtype"]).removeprefix("torch.")
+        return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], dtype))
+
+    InsertTypePromotion(exported.graph_module).run()
+    for node in exported.graph.nodes:
+        if node.target == torch.ops.aten.select.int and node.args[2] < 0:
+            source, dim, index = node.args
+            node.args = (source, dim, index + source.meta["val"].shape[dim])
+    with products_in_input_dtype():
+        return from_exported_program(
+            exported,
+            keep_params_as_input=True,
+            custom_convert_map={"convert_element_type.default": convert_element_type},
+            run_ep_decomposition=False,
+        )
 
 
 @contextlib.contextmanager
@@ -562,7 +724,8 @@ def import_tvm(precision):
     if cccl and Path(cccl).name == "cccl" and "CUDA_PATH" not in os.environ:  # the wheels' layout: <root>/include/cccl
         os.environ["CUDA_PATH"] = str(Path(cccl).parents[1])
         os.environ["TVM_CUDA_NVRTC_EXTRA_OPTS"] = f"-I{cccl} {os.environ.get('TVM_CUDA_NVRTC_EXTRA_OPTS', '')}"
-    for module in ("tvm.relax.frontend.torch", "torch.export._trace"):  # the second is what torch.export imports lazily
+    # The last two are imported lazily by torch.export and by import_to_relax().
+    for module in ("tvm.relax.frontend.torch", "torch.export._trace", "torch.onnx._internal.fx.passes"):
         importlib.import_module(module)
     import tvm_ffi
 
@@ -1229,7 +1392,7 @@ def benchmark(args):
             "model_name": args.model,
             "batch_size": args.batch_size,
             "precision": args.precision,
-            "weights": case.weights,
+            "weights": describe_weights(args.model, config, case.weights),
             "input_shape": " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items()),
             "torch_version": torch.__version__,
             "tvm_version": version("apache-tvm"),
@@ -1237,7 +1400,7 @@ def benchmark(args):
             "concurrent_cases": args.concurrent_cases,
             **device,
         }
-        title = f"{args.model}, batch size {args.batch_size}, {args.precision}, {case.weights} weights, "
+        title = f"{args.model}, batch size {args.batch_size}, {args.precision}, {of_case['weights']} weights, "
         title += f"{device['device_name']}, {model_class.__name__}: {of_case['input_shape']}"
         statuses = find_statuses(args.results, of_case) if args.skip != "nothing" else {}
         skipped = {name: statuses[name] for name in items if statuses.get(name) in SKIPPED_STATUSES[args.skip]}

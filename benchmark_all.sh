@@ -6,7 +6,7 @@
 #   GPUS="0 1 2 3" bash benchmark_all.sh                      four cases at once, one on each GPU
 #   bash benchmark_all.sh --list                              one command line a case, for another engine (Slurm, say)
 #
-# MODELS, BATCH_SIZES   what to run, separated by spaces
+# MODELS, BATCH_SIZES   what to run, separated by spaces; MODELS=builtin: every model that benchmark.py has built in
 # PRECISIONS            likewise (default: fp32)
 # RESULTS               the CSV that rows are appended to (default: results/benchmark.csv beside this script)
 # PYTHON                the interpreter (default: python)
@@ -61,6 +61,10 @@ read -ra gpus <<<"${GPUS:-}"
 read -ra hosts <<<"${HOSTS:-}"
 results=$(realpath -m "${RESULTS:-$here/results/benchmark.csv}")
 python=${PYTHON:-python}
+if [ "${models[*]}" = builtin ]; then
+    read -ra models < <(cd "$here" && "$python" -c 'import benchmark; print(*benchmark.BUILTIN_ARCHITECTURES)')
+    [ ${#models[@]} -gt 1 ] || fail "$python cannot import benchmark.py to list its models"
+fi
 
 list=
 if [ "${1-}" = --list ]; then
@@ -153,7 +157,11 @@ echo
 echo "${#cases[@]} cases in $SECONDS s, ${#problems[@]} with rows that are not ok"
 [ ${#problems[@]} -eq 0 ] || printf '  %s\n' "${problems[@]}"
 
+case $results in
+"$here"/results/*) arguments=() ;; # what is published
+*) arguments=("$results") ;;
+esac
 if [ -s "$results" ]; then # without a row there is nothing to draw
-    if [ -n "${RESULTS:-}" ]; then "$python" "$here/plot.py" "$results"; else "$python" "$here/plot.py"; fi || exit 1
+    "$python" "$here/plot.py" "${arguments[@]}" || exit 1
 fi
 [ ${#problems[@]} -eq 0 ]

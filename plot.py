@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Turn benchmark.py's rows into the markdown table and one picture per model.
 
-    python plot.py               results/benchmark.csv -> the tables in the READMEs, docs/<model>_infer_time.png
+    python plot.py               results/benchmark.csv -> the tables in the READMEs, docs/<model>_infer_time.png,
+                                 results/coverage.csv -> docs/coverage.md and its totals in the READMEs
     python plot.py A.csv B.csv   the rows of all of them -> the table on stdout, the pictures beside A.csv
 
-The second form leaves the READMEs alone: what is published comes from results/benchmark.csv only.
+The second form leaves the READMEs alone: what is published comes from results/ only.
 Of several rows of one case and item the latest counts. Exit code: 0, or 2 on bad input.
 """
 
@@ -21,8 +22,9 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "benchmark.csv"
+COVERAGE = ROOT / "results" / "coverage.csv"
 READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
-BEGIN, END = "<!-- results: plot.py writes this part -->", "<!-- end of results -->"
+COVERAGE_PAGE = ROOT / "docs" / "coverage.md"
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart (jfly.uni-koeln.de/color); the tables' order.
 COLORS = {
@@ -122,13 +124,57 @@ def markdown(rows):
     return "\n".join(parts)
 
 
-def write_readme(path, text):
-    """Replace what stands between the markers."""
+def coverage_totals(rows):
+    """-> a table of how many models each item got right, for each device and precision."""
+    counts = rows.assign(ok=rows["status"] == "ok").groupby(["device_name", "precision", "test_item"], sort=False)["ok"]
+    texts = counts.agg(lambda ok: f"{ok.sum()} of {len(ok)}").rename("models ok").reset_index()
+    table = texts.pivot(index=["device_name", "precision"], columns="test_item", values="models ok").fillna("")
+    return table[sort_items(table.columns)].reset_index().to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def coverage(rows):
+    """-> for each device and precision a table of what every item made of every model, against eager PyTorch."""
+    parts = []
+    for (device_name, precision), group in rows.groupby(["device_name", "precision"], sort=True):
+        items = sort_items(group["test_item"].unique())
+        lines, reasons = [], []
+        for label, model in group.groupby("label"):
+            model = model.set_index("test_item")
+            line = {"model": label, "weights": model["weights"].iloc[0]}
+            eager = model.loc["torch", "infer_time_mean_ms"] if model["status"].get("torch") == "ok" else np.nan
+            for item in items:
+                status = model["status"].get(item, "")
+                if status == "ok" and item == "torch":
+                    status = f"{eager:.3f} ms"
+                elif status == "ok":
+                    status = times_faster(eager / model.loc[item, "infer_time_mean_ms"])
+                elif status:
+                    reasons.append(f"- {label}, {item}, {status}: {model.loc[item, 'error']}")
+                line[item] = status
+            lines.append(line)
+        table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+        parts.append("\n".join([f"### {device_name}, {precision}\n", table, "", *reasons, ""]))
+    return "\n".join(parts)
+
+
+def times_faster(ratio):
+    if np.isnan(ratio):
+        return "ok"
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
+def sort_items(items):
+    return sorted(items, key=lambda item: (list(COLORS).index(item) if item in COLORS else len(COLORS), item))
+
+
+def write_part(path, name, text):
+    """Replace what stands in the file between the two lines that name this part."""
+    begin, end = f"<!-- {name}: plot.py writes this part -->", f"<!-- end of {name} -->"
     old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r} that the table goes between")
+    before, found_begin, rest = old.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise UserError(f"{path} lacks the lines {begin!r} and {end!r} that the table goes between")
     path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
@@ -218,7 +264,12 @@ def main(arguments):
     text = markdown(rows)
     print(text)
     for readme in [] if arguments else READMES:
-        write_readme(readme, text)
+        write_part(readme, "results", text)
+    if not arguments and COVERAGE.exists():
+        covered = read_rows([COVERAGE])
+        write_part(COVERAGE_PAGE, "coverage", coverage(covered))
+        for page in [COVERAGE_PAGE, *READMES]:
+            write_part(page, "totals", coverage_totals(covered))
     for model_name, group in rows.groupby("model_name"):
         directory = Path(arguments[0]).parent if arguments else ROOT / "docs"
         draw(group, directory / f"{model_name.strip('/').replace('/', '_')}_infer_time.png")

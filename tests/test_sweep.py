@@ -89,7 +89,7 @@ def project(tmp_path):
     copy = tmp_path / "project"
     (copy / "docs").mkdir(parents=True)
     (copy / "results").mkdir()
-    for name in ("plot.py", "README.md", "docs/README.zh-CN.md"):
+    for name in ("plot.py", "README.md", "docs/README.zh-CN.md", "docs/coverage.md"):
         shutil.copy(ROOT / name, copy / name)
 
     def write(rows, name="results/benchmark.csv"):
@@ -145,6 +145,21 @@ def test_plot_shows_what_is_not_ok_and_draws_no_time_for_it(command, project):
     assert "failed: RuntimeError: a \\| b" in done.stdout
     write([row("tvm", 1, None)])
     assert command(copy / "plot.py").returncode == 0  # a picture without a single bar
+
+
+def test_plot_tables_the_coverage(command, project):
+    copy, write = project
+    write([row("torch", 1, 3.0)])
+    rows = [row("torch", 1, 3.0), row("torch_compile", 1, 1.5), row("tvm", 1, 12.0)]
+    rows += [row(item, 1, mean, model_name="other/model") for item, mean in [("torch", 2.0), ("tvm", None)]]
+    write(rows, "results/coverage.csv")
+    assert command(copy / "plot.py").returncode == 0
+    page = (copy / "docs" / "coverage.md").read_text()
+    assert ["some/model", "random", "3.000 ms", "2.00x faster", "4.00x slower"] in table_rows(page)
+    assert ["other/model", "random", "2.000 ms", "", "failed"] in table_rows(page)
+    assert "- other/model, tvm, failed: RuntimeError: a | b" in page
+    for name in ("README.md", "docs/README.zh-CN.md", "docs/coverage.md"):
+        assert ["GPU A", "fp32", "2 of 2", "1 of 1", "1 of 2"] in table_rows((copy / name).read_text())
 
 
 def test_plot_keeps_input_sizes_apart_and_takes_several_files(command, project):

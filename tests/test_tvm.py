@@ -12,21 +12,22 @@ import benchmark
 
 @pytest.fixture(scope="module")
 def tvm():
-    benchmark.import_tvm("fp32")
+    benchmark.import_tvm("fp16")
     import tvm
 
     return tvm
 
 
-def test_cuda_kernels_for_hopper_without_a_gpu(tvm):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
     """The item's own path up to the cubin: export, import, TVM's default pipeline for sm_90, NVRTC, link."""
     from tvm import relax
-    from tvm.relax.frontend.torch import from_exported_program
 
     config = benchmark.CONFIG_MAPPING["resnet"](**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
-    case = make_case(config)
-    exported = torch.export.export(benchmark.load_model(case), (), benchmark.make_inputs(case))
-    module, _ = relax.frontend.detach_params(from_exported_program(exported, keep_params_as_input=True))
+    dtype = benchmark.PRECISIONS[precision][0]
+    model, inputs = benchmark.load_on_device(make_case(config), dtype)
+    exported = torch.export.export(model, (), inputs).run_decompositions()
+    module, _ = relax.frontend.detach_params(benchmark.import_to_relax(exported))
     target = tvm.target.Target(
         {
             "kind": "cuda",
@@ -41,7 +42,7 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm):
     assert "cuda_graph" in executable.as_text()
     source = executable.mod.imports[0].imports[0].inspect_source("cuda")
     kernels = set(re.findall(r"(\w+_kernel)\(", source))
-    assert len(kernels) > 5
+    assert len(kernels) > 5 and ("half* __restrict__" in source) == (precision == "fp16")
     with target:
         cubin = bytes(benchmark.compile_kernels(source))
     assert cubin.startswith(b"\x7fELF")
@@ -58,3 +59,31 @@ def test_weights_and_inputs_are_bound_once_and_inputs_are_shared(tvm):
         expected = benchmark.output_arrays(model(**inputs))
         assert benchmark.relative_error(benchmark.output_arrays(run()), expected) < 1e-5
         inputs["pixel_values"].mul_(-0.5).add_(0.1)
+
+
+def test_what_is_rewritten_before_the_import(tvm):
+    """What TVM's importer refuses or gets wrong: logarithms of integers, booleans plus integers, the last of a row."""
+
+    class Awkward(torch.nn.Module):
+        main_input_name = "pixel_values"
+
+        def forward(self, pixel_values):
+            positive = pixel_values > 0
+            return torch.log(positive.long() + 1) + (positive + positive.int()) / 3 + pixel_values[:, -1, None]
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Awkward(), inputs, make_case(benchmark.CONFIG_MAPPING["resnet"]()))
+    assert benchmark.relative_error(benchmark.output_arrays(run()), [Awkward()(**inputs).numpy()]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_products_keep_their_dtype(tvm, dtype):
+    """A convolution and a matrix product with a bias, which TVM's importer leaves in fp32 and then cannot add."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 4)).to(dtype)
+    inputs = {"input": torch.randn(2, 3, 4, 4).to(dtype)}
+    with torch.no_grad():
+        run = benchmark.tvm_default(model, inputs, make_case(benchmark.CONFIG_MAPPING["resnet"]()))
+        (output,) = run()
+        assert output.dtype == str(dtype).removeprefix("torch.")
+        error = benchmark.relative_error(benchmark.output_arrays(output), [model(**inputs).float().numpy()])
+    assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
