@@ -690,8 +690,8 @@ def import_to_relax(exported):
 def products_in_input_dtype():
     """While it lasts, TVM's importer rounds convolutions and matrix products to their inputs' dtype, as PyTorch does.
 
-    TVM 0.27 gives them fp32 results whatever the inputs are, and then cannot add a bias in fp16 or bf16. Sums are still
-    taken in fp32, by everyone.
+    TVM 0.27 gives them fp32 results whatever the inputs are, and then cannot add a bias in fp16 or bf16. The sums are
+    still taken in fp32.
     """
     from tvm import relax
 
@@ -730,9 +730,8 @@ def import_tvm(precision):
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
-    if (
-        PRECISIONS[precision][0] != torch.float32
-    ):  # schedules for tensor cores, which TVM would import while it compiles
+    if PRECISIONS[precision][0] != torch.float32:
+        # The schedules for tensor cores, which TVM would import while it compiles.
         getmodule = inspect.getmodule
 
         def getmodule_of_file(thing, filename=None):

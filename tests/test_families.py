@@ -26,10 +26,10 @@ FAMILIES = {
     "vit": (VISION, [], IMAGES),
     "bert": (TEXT, [], TOKENS),
     "roberta": ({**TEXT, "max_position_embeddings": 14, "pad_token_id": 1}, [], TOKENS.replace("16", "12")),
-    "distilbert": ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 99}, [], TOKENS),
+    "deberta-v2": ({**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c"]}, [], TOKENS),
     "electra": ({**TEXT, "embedding_size": 32}, ["--task", "text-classification"], TOKENS),
     "llama": ({**TEXT, "num_key_value_heads": 1, "eos_token_id": [2, 5]}, [], TOKENS),
-    "qwen2": ({**TEXT, "num_key_value_heads": 1}, [], TOKENS),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98}, [], TOKENS),
     "t5": (
         {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99},
         [],
@@ -41,7 +41,17 @@ FAMILIES = {
         [],
         f"{TOKENS.replace('16', '8')} {IMAGES}",
     ),
-    "deit": (VISION, [], IMAGES),
+    "siglip": (
+        {"text_config": {**TEXT, "max_position_embeddings": 8}, "vision_config": VISION},
+        [],
+        f"input_ids=2x8 attention_mask=2x8 {IMAGES}",
+    ),
+    "whisper": (
+        {**SEQ2SEQ, "num_mel_bins": 16, "max_source_positions": 50, "max_target_positions": 20}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3},
+        [],
+        "input_features=2x16x100 decoder_input_ids=2x16",
+    ),
     "wav2vec2": (
         {
             **TEXT,

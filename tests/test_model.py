@@ -232,3 +232,19 @@ def test_random_weights_keep_the_signal(model_type, fields):
             error = benchmark.relative_error(benchmark.output_arrays(model(**inputs)), reference)
             layer.weight.copy_(weight)
             assert error > 2e-4, layer
+
+
+def test_builtin_architectures():
+    """Each is a family of its own, has a head and inputs, and says where it was cut in depth."""
+    configs = {name: benchmark.builtin_config(name) for name in benchmark.BUILTIN_ARCHITECTURES}
+    assert len({config.model_type for config in configs.values()}) == len(configs) >= 40
+    for name, config in configs.items():
+        case = make_case(config, model_name=name)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in case.model_class(config).parameters())
+        assert 1e6 < parameters < 2e9, name
+        assert all(min(shape) > 0 for shape in benchmark.input_shapes(case).values())
+        assert benchmark.describe_weights(name, config, "pretrained") == "pretrained"
+    of_llama = benchmark.describe_weights("meta-llama/Llama-3.2-1B", configs["meta-llama/Llama-3.2-1B"], "random")
+    assert of_llama == "random, 4 of 16 layers"
+    assert benchmark.describe_weights("microsoft/resnet-50", configs["microsoft/resnet-50"], "random") == "random"
