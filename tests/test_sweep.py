@@ -31,7 +31,7 @@ def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
         (str(small), "3"),
     ]
     assert "4 cases" in done.stdout and "2 with rows that are not ok" in done.stdout
-    assert done.stdout.count(f"{missing}, batch size") == 2
+    assert done.stdout.count(f"exit code 2: benchmark.py --model {missing} --batch-size") == 2
     assert "| /" in done.stdout.replace("  ", "") or "/ |" in done.stdout  # the table is printed
     assert [path.name for path in tmp_path.glob("*.png")] == [
         f"{str(small).strip('/').replace('/', '_')}_infer_time.png"
