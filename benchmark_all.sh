@@ -158,7 +158,7 @@ echo "${#cases[@]} cases in $SECONDS s, ${#problems[@]} with rows that are not o
 [ ${#problems[@]} -eq 0 ] || printf '  %s\n' "${problems[@]}"
 
 case $results in
-"$here"/results/*) arguments=() ;; # what is published
+"$here/results/benchmark.csv" | "$here/results/coverage.csv") arguments=() ;; # what is published
 *) arguments=("$results") ;;
 esac
 if [ -s "$results" ]; then # without a row there is nothing to draw

@@ -80,7 +80,7 @@ def read_rows(paths):
     sample_shape = rows["input_shape"].str.replace(r"=\d+x", "=", regex=True)
     several = sample_shape.groupby(rows["model_name"]).transform("nunique") > 1
     rows["label"] = rows["model_name"].where(~several, rows["model_name"] + " (" + sample_shape + ")")
-    rows["order"] = rows["test_item"].map({item: i for i, item in enumerate(COLORS)}).fillna(len(COLORS))
+    rows["order"] = rows["test_item"].map(item_order)
     case = ["device_name", "precision", "label", "batch_size", "test_item"]
     rows = rows.sort_values("timestamp_utc", kind="stable").drop_duplicates(case, keep="last")
     return rows.sort_values(["label", "batch_size", "order", "test_item"], kind="stable")
@@ -163,8 +163,13 @@ def times_faster(ratio):
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
+def item_order(item):
+    """-> the place of a test item in tables and pictures: that of its colour, unknown ones last."""
+    return list(COLORS).index(item) if item in COLORS else len(COLORS)
+
+
 def sort_items(items):
-    return sorted(items, key=lambda item: (list(COLORS).index(item) if item in COLORS else len(COLORS), item))
+    return sorted(items, key=lambda item: (item_order(item), item))
 
 
 def write_part(path, name, text):
@@ -185,7 +190,7 @@ def draw(rows, path):
     minimum to the 90th percentile. Rows that are not ok are named where their bar would stand.
     """
     panels = list(rows.groupby(["device_name", "precision", "label"], sort=True))
-    items = list(dict.fromkeys(rows.sort_values(["order", "test_item"])["test_item"]))
+    items = sort_items(rows["test_item"].unique())
     width = max(5.0, 0.62 * len(items) * rows["batch_size"].nunique() + 0.8)
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(width, 4.2 * len(panels) + 0.6), squeeze=False, layout="constrained"

@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+QUICK = "-- --weights random --test-items torch --iterations 3".split()  # what a sweep hands on to benchmark.py
 TINY_RESNET = {
     "model_type": "resnet",
     "architectures": ["ResNetForImageClassification"],

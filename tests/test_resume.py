@@ -11,12 +11,11 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY_RESNET, read_csv
+from conftest import QUICK, ROOT, TINY_RESNET, read_csv
 
 import benchmark
 
 KILLS = int(os.environ.get("KILLS", 1))  # docs/sweeps.md has what KILLS=200 gave
-QUICK = "-- --weights random --test-items torch --iterations 3".split()
 VARIABLES = {"PYTHON": sys.executable, "RESULTS": "rows.csv"}
 
 
@@ -151,11 +150,10 @@ def test_slots_have_a_gpu_each_and_failures_are_named(sweep, interpreter):
 
 @needs_parallel
 def test_hosts_have_slots_of_their_own(sweep, tmp_path, interpreter):
-    ssh = (
-        tmp_path / "bin" / "ssh"
-    )  # stands for a network: "ssh HOST -- COMMAND" runs here, and says where it would have
+    # Stands for a network: "ssh HOST -- COMMAND" runs here, with HOST in its environment and SHELL as a login sets it.
+    ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
-    ssh.write_text('#!/bin/sh\nexport HOST=$1\nshift 2  # the host and --\nexec sh -c "$*"\n')
+    ssh.write_text('#!/bin/sh\nexport HOST=$1 SHELL=/bin/sh\nshift 2  # the host and --\nexec sh -c "$*"\n')
     ssh.chmod(0o755)
     path = f"{ssh.parent}:{os.environ['PATH']}"
     done = sweep(HOSTS="one two", GPUS="5 7", BATCH_SIZES="1 2 3 4", PYTHON=interpreter, PATH=path)

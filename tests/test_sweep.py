@@ -6,12 +6,11 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, read_csv
+from conftest import QUICK, ROOT, read_csv
 
 import benchmark
 
 ENVIRONMENT = {"PYTHON": sys.executable}
-QUICK = "-- --weights random --test-items torch --iterations 3".split()
 
 
 def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
