@@ -46,7 +46,10 @@ from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import tuning
+
 DEFAULT_RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.csv"
+DEFAULT_TUNING = DEFAULT_RESULTS.parent / "tuning"
 
 # ---- Settings that change the numbers -------------------------------------------------------------------------------
 
@@ -58,7 +61,10 @@ WARMUP_WINDOW_S = 0.1  # Warm is when two windows of runs in a row agree in thei
 WARMUP_AGREEMENT = 0.01
 WARMUP_LIMIT_S = 3.0  # a machine that never settles is timed all the same, and its row says so (`warnings`).
 OUTLIER_SHARE, DRIFT, CLOCK_DROP = 0.01, 0.02, 0.05  # above these a row gets a warning: see disturbances()
+TUNE_TRIALS, TUNE_MINUTES = 100, 10.0  # trials for each kernel on average, and the end of tuning a case
 ENERGY_MIN_S = 1.0  # NVML's energy counter ticks every 20 to 100 ms: shorter runs get no energy figure
+
+MAKE_TASKS_TIMEOUT_S = 600
 
 # precision -> (dtype of weights and floating inputs, TF32 allowed, largest rel_error that is still `ok`)
 PRECISIONS = {
@@ -72,7 +78,8 @@ COLUMNS = (
     "model_name test_item batch_size compile_time_s infer_time_mean_ms infer_time_median_ms infer_time_std_ms "
     "infer_time_min_ms infer_time_p90_ms infer_time_p99_ms iterations throughput_samples_per_s peak_memory_mib "
     "rel_error precision device_name weights input_shape status error torch_version tvm_version transformers_version "
-    "cuda_version driver_version timestamp_utc energy_mj_per_sample warnings concurrent_cases"
+    "cuda_version driver_version timestamp_utc energy_mj_per_sample warnings concurrent_cases "
+    "tune_time_s tune_trials"
 ).split()
 
 
@@ -98,6 +105,8 @@ class Case:
     image_size: int | None
     precision: str
     device: str  # "cpu" or "cuda:N"
+    device_name: str
+    tuning_dir: Path  # of the databases of all devices
     iterations: int | None  # None: as many as the time budget gives
 
 
@@ -116,13 +125,13 @@ def at_least_one(text):
     return value
 
 
-def seconds(text):
+def positive(text):
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
     return value
 
 
@@ -156,7 +165,14 @@ def parse_args(argv=None):
     add("--seq-len", type=at_least_one, default=128, help="tokens per text, capped by the model's positions")
     add("--image-size", type=at_least_one, help="height and width of the images in pixels (default: the model's own)")
     add("--iterations", type=at_least_one, help=f"timed runs (default: as many as fit into {TIMING_BUDGET_S:g} s)")
-    add("--timeout", type=seconds, default=900.0, help="seconds after which an item is given up as failed")
+    add("--timeout", type=positive, default=900.0, help="seconds after which an item is given up as failed")
+    add(
+        "--tune-trials",
+        type=at_least_one,
+        help=f"tvm_tune: candidates to measure for each kernel, on average (default: {TUNE_TRIALS} without a database)",
+    )
+    add("--tune-minutes", type=positive, help=f"tvm_tune: end of the tuning of one case (default: {TUNE_MINUTES:g})")
+    add("--tuning-dir", type=Path, default=DEFAULT_TUNING, help="where the tuning databases are")
     add("--results", type=Path, default=DEFAULT_RESULTS, help="the CSV that rows are appended to")
     add(
         "--skip",
@@ -578,6 +594,11 @@ def input_shapes(case):
     return shapes
 
 
+def describe_shapes(case):
+    """-> the row's `input_shape`."""
+    return " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in input_shapes(case).items())
+
+
 def token_count(case, config):
     """-> --seq-len, capped by the positions that the model has."""
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -634,31 +655,158 @@ def inductor(mode, model, inputs, case):
 def tvm_default(model, inputs, case):
     """torch.export -> Relax -> tvm.compile with TVM's default pipeline -> VM closure over inputs and weights."""
     import tvm
-    from tvm import relax
 
-    # Exported on the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only.
-    # Attention as matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
-        exported = exported.run_decompositions()
-    module, parameters = relax.frontend.detach_params(import_to_relax(exported))
-    device = tvm.runtime.device(case.device)
+    exported = export_for_tvm(model, inputs)
+    module, weights = import_to_relax(exported)
+    target = tvm.target.Target.from_device(tvm.runtime.device(case.device))
     # No checks of every kernel's arguments at every launch: the shapes are static, and the checks are most of the host
     # code that LLVM would have to compile.
-    options = {"relax.backend.use_cuda_graph": case.device != "cpu", "tirx.disable_assert": True}
+    vm = compile_with_tvm(module, target, case, "default", {"tirx.disable_assert": True})
+    return bind(vm, exported, inputs, on_device(weights, case))
+
+
+def tvm_tuned(model, inputs, case):
+    """The same with the graph simplified, the operators on weights run once, and each kernel's best schedule so far."""
+    import tvm
+
+    database = tuning.read_database(tuning_path(case), tuning_origin(case))
+    exported = export_for_tvm(model, inputs)
+    target = tvm.target.Target(json.loads(tuning.find_target(case.device)))
+    module, weights = tuned_module(exported, target)
+    module = tuning.apply_database(module, target, database)
+    vm = compile_with_tvm(module, target, case, tuning.lowering(target), tuning.build_options(target))
+    weights = vm["main_transform_params"](on_device(weights, case))
+    return bind(vm, exported, inputs, weights)
+
+
+def tuned_module(exported, target):
+    """-> (Relax module of a function for each distinct kernel, not yet scheduled; the model's weights)."""
+    tuning.simplify(exported)
+    module, weights = import_to_relax(exported)
+    return tuning.prepare(module, target), weights
+
+
+def tuning_path(case):
+    """-> where the case's tuning database is, without the ends of its files' names."""
+    name = ".".join((case.model_name, describe_shapes(case), case.precision))
+    device, name = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, name))
+    return case.tuning_dir / device / name
+
+
+def tuning_origin(case):
+    """-> what a database must have been made on to be good for the case."""
+    return f"{case.device_name}, TVM {version('apache-tvm')}"
+
+
+def tune_case(case, asked_trials, limit_s, turn):
+    """Search for the case's best schedules and write its database, in a process that computes nothing itself."""
+    turn.report("importing")
+    import_tvm_for_tuning(case.precision)
+    importlib.import_module("xgboost")
+    import tvm_ffi
+    from tvm.support import nvcc
+
+    # Back to TVM's own: compile_kernels() has a core for each kernel of a model, here a core has a candidate.
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", nvcc.tvm_callback_cuda_compile, override=True)
+    turn.report("looking for kernels")
+    target = tuning.call(MAKE_TASKS_TIMEOUT_S, tuning.find_target, case.device)
+    tasks = tuning.call(MAKE_TASKS_TIMEOUT_S, make_tasks, case, target)
+    cores = len(os.sched_getaffinity(0))
+    tuning.tune(
+        tasks,
+        target,
+        case.device,
+        tuning_path(case),
+        tuning_origin(case),
+        PRECISIONS[case.precision][2],
+        asked_trials,
+        limit_s,
+        cores if case.device == "cpu" else max(1, cores - 1),  # one launches what the GPU measures
+        tempfile.gettempdir(),
+        turn.report,
+    )
+
+
+def plan_tuning(case, args):
+    """-> (trials for each kernel, seconds) to tune the case with, None where its database needs nothing more.
+
+    Without --tune-trials and --tune-minutes any database will do.
+    """
+    path = tuning_path(case)
+    try:
+        database = tuning.read_database(path, tuning_origin(case))
+    except tuning.DatabaseError as error:
+        raise UserError(str(error)) from None
+    of_others = {str(file.parent.name) for file in tuning.database_path(path).parent.parent.glob(f"*/{path.name}.*")}
+    if of_others - {path.parent.name}:
+        there = ", ".join(sorted(of_others - {path.parent.name}))
+        warn(f"tuning databases of other devices are not used here: {there}; this is {case.device_name}")
+    asked_trials = args.tune_trials or TUNE_TRIALS
+    if database and (database["asked_trials"] >= asked_trials or not (args.tune_trials or args.tune_minutes)):
+        return None
+    return asked_trials, 60 * (args.tune_minutes or TUNE_MINUTES)
+
+
+def tuning_columns(case):
+    """-> the row's columns on what all the tuning behind the case's database took."""
+    database = tuning.read_database(tuning_path(case), tuning_origin(case))
+    return {name: database[name] for name in ("tune_time_s", "tune_trials")}
+
+
+def make_tasks(case, target):
+    """-> the kernels of the case's model that can be tuned, as tuning.Tasks."""
+    import tvm
+
+    with arithmetic(case.precision) as dtype, torch.no_grad():
+        model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
+        exported = export_for_tvm(model, inputs)
+    target = tvm.target.Target(json.loads(target))
+    return tuning.extract_tasks(tuned_module(exported, target)[0], target)
+
+
+def export_for_tvm(model, inputs):
+    """-> the model's decomposed ExportedProgram.
+
+    On the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only. Attention as
+    matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2.
+    """
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        exported = torch.export.export(model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()})
+        return exported.run_decompositions()
+
+
+def compile_with_tvm(module, target, case, pipeline, options):
+    """Relax module -> virtual machine on the case's device, with the whole model as one CUDA graph."""
+    import tvm
+    from tvm import relax
+
+    options = {"relax.backend.use_cuda_graph": case.device != "cpu", **options}
     with tvm.transform.PassContext(opt_level=3, config=options):
-        executable = tvm.compile(module, tvm.target.Target.from_device(device))
-    vm = relax.VirtualMachine(executable, device)
+        executable = tvm.compile(module, target, relax_pipeline=pipeline)
+    return relax.VirtualMachine(executable, tvm.runtime.device(case.device))
+
+
+def on_device(weights, case):
+    import tvm
+
+    return [tvm.runtime.tensor(weight, tvm.runtime.device(case.device)) for weight in weights]
+
+
+def bind(vm, exported, inputs, weights):
+    """-> the compiled function as a closure over its arguments; inputs share the tensors' memory.
+
+    vm["main"](x, *weights) would hand over every weight on every call.
+    """
+    import tvm
+
     _, keywords = exported.example_inputs  # in the order of the compiled function's arguments
-    arguments = [tvm.runtime.from_dlpack(inputs[name]) for name in keywords]  # shares the tensors' memory
-    weights = [tvm.runtime.tensor(parameter, device) for parameter in parameters["main"]]
-    # The closure holds the argument list: vm["main"](x, *weights) would hand over every weight on every call.
+    arguments = [tvm.runtime.from_dlpack(inputs[name]) for name in keywords]
     vm.save_function("main", "inference", *arguments, *weights)
     return vm["inference"]
 
 
 def import_to_relax(exported):
-    """-> the Relax module of a decomposed ExportedProgram, after what TVM 0.27's importer gets wrong is rewritten.
+    """-> (Relax module, weights) of a decomposed ExportedProgram; what TVM 0.27's importer gets wrong is rewritten.
 
     Type promotion: the logarithm of an integer tensor is refused, a sum of booleans and integers breaks the code
     generator. PyTorch's own pass for its ONNX exporter makes the casts explicit. Negative indices of select(), as in
@@ -678,12 +826,14 @@ def import_to_relax(exported):
             source, dim, index = node.args
             node.args = (source, dim, index + source.meta["val"].shape[dim])
     with products_in_input_dtype():
-        return from_exported_program(
+        module = from_exported_program(
             exported,
             keep_params_as_input=True,
             custom_convert_map={"convert_element_type.default": convert_element_type},
             run_ep_decomposition=False,
         )
+    module, weights = relax.frontend.detach_params(module)
+    return module, weights["main"]
 
 
 @contextlib.contextmanager
@@ -743,6 +893,11 @@ def import_tvm(precision):
             importlib.import_module("tvm.s_tir.tensor_intrin")
 
 
+def import_tvm_for_tuning(_):
+    """With the schedules for tensor cores at every precision: MetaSchedule looks at them."""
+    import_tvm("fp16")
+
+
 def compile_kernels(source):
     """CUDA C++ of all of a model's kernels -> one cubin: what TVM's own callback gives, on every core.
 
@@ -755,6 +910,8 @@ def compile_kernels(source):
     from tvm.support import nvcc
 
     preamble, *kernels = re.split(r'(?=^extern "C" __global__)', source, flags=re.MULTILINE)
+    # Helpers of fp16 arithmetic, which every program gets: without `static` the linker would meet each many times.
+    preamble = re.sub(r"^(?=(__host__ )?__device__ )", "static ", preamble, flags=re.MULTILINE)
     version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
     arch = f"sm_{version.replace('.', '')}"
     workers = min(len(kernels), len(os.sched_getaffinity(0)))
@@ -784,6 +941,7 @@ TEST_ITEMS = {
     "torch_compile_reduce_overhead": (functools.partial(inductor, "reduce-overhead"), import_inductor),
     "torch_compile_max_autotune": (functools.partial(inductor, "max-autotune"), import_inductor),
     "tvm": (tvm_default, import_tvm),
+    "tvm_tune": (tvm_tuned, import_tvm_for_tuning),
 }
 
 
@@ -1309,6 +1467,8 @@ def describe_row(row):
     )
     if row["compile_time_s"] is not None:
         text += f"  compiled in {row['compile_time_s']:.1f} s"
+    if row.get("tune_trials") is not None:
+        text += f"  tuned in {row['tune_time_s']:.0f} s ({row['tune_trials']} trials)"
     text += f"  rel_error {row['rel_error']:.1e}"
     if row["status"] == "wrong":
         text += f"  WRONG: {row['error']}"
@@ -1358,11 +1518,11 @@ def benchmark(args):
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(args.test_items), unit="item", leave=False, disable=None))
 
-        def result(who, process, message=None):
+        def result(who, process, message=None, timeout_s=args.timeout):
             def show(stage):
                 bar.set_description_str(f"{who}: {stage}")
 
-            return process.result(message, timeout_s=args.timeout, on_stage=show)
+            return process.result(message, timeout_s=timeout_s, on_stage=show)
 
         items = {name: stack.enter_context(isolated(run_item, name, args.precision)) for name in args.test_items}
         with isolated(describe_device, args.device) as process:
@@ -1381,10 +1541,12 @@ def benchmark(args):
             image_size=args.image_size,
             precision=args.precision,
             device=device["device"],
+            device_name=device["device_name"],
+            tuning_dir=args.tuning_dir,
             iterations=args.iterations,
         )
         try:
-            shapes = input_shapes(case)
+            shapes = describe_shapes(case)
         except (AttributeError, ValueError) as error:  # a config of a kind that input_shapes() has not met
             raise UserError(f"{args.model}: its config does not say what it takes: {one_line(error)}") from None
         of_case = {
@@ -1392,7 +1554,7 @@ def benchmark(args):
             "batch_size": args.batch_size,
             "precision": args.precision,
             "weights": describe_weights(args.model, config, case.weights),
-            "input_shape": " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items()),
+            "input_shape": shapes,
             "torch_version": torch.__version__,
             "tvm_version": version("apache-tvm"),
             "transformers_version": transformers.__version__,
@@ -1410,6 +1572,7 @@ def benchmark(args):
         all_skipped_ok = all(status == "ok" for status in skipped.values())
         if not items:
             return 0 if all_skipped_ok else 1
+        tuning_options = plan_tuning(case, args) if "tvm_tune" in items else None
         reference, reference_error = None, None
         with isolated(compute_reference, case) as process:
             try:
@@ -1425,8 +1588,14 @@ def benchmark(args):
             try:
                 if reference_error:
                     raise ItemError(reference_error)
+                if name == "tvm_tune" and tuning_options:
+                    with isolated(tune_case, case, *tuning_options) as tuner:
+                        _, limit_s = tuning_options
+                        result(name, tuner, timeout_s=limit_s + args.timeout)
                 with process:
                     columns = result(name, process, (case, reference))
+                if name == "tvm_tune":
+                    columns |= tuning_columns(case)
             except ItemError as error:
                 columns = {"status": "failed", "error": str(error)}
             row = {

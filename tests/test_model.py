@@ -25,6 +25,8 @@ def make_case(config, weights_dir=None, **fields):
             "image_size": None,
             "precision": "fp32",
             "device": "cpu",
+            "device_name": "a CPU",
+            "tuning_dir": benchmark.DEFAULT_TUNING,
             "iterations": None,
             **fields,
         }

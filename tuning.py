@@ -1,0 +1,926 @@
+"""TVM's MetaSchedule, driven so that every core searches and builds while the device measures.
+
+Apart from benchmark.py because its processes are forked from one that has computed nothing: no thread, no CUDA
+context, TVM imported once. benchmark.py calls prepare(), tune() and read_database(); the file reads in that order:
+the model's tasks -> candidates for a task -> building and measuring one -> the database -> the loop over all of it.
+
+MetaSchedule (Shao et al., arXiv:2205.13603) gives the design spaces, the rules that make a sampled schedule whole, the
+features and the cost model. Its own loop is replaced: its builder starts its processes anew for every batch, it waits
+for the slowest of a batch, loses what it measured in its first round through the tasks when it is stopped, and its
+sampler throws away 19 of 20 samples of a convolution for CUDA after 30 ms of work on each.
+"""
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import functools
+import gzip
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import statistics
+import time
+import zlib
+
+import numpy as np
+import torch
+
+ROUND = 16  # candidates of a task that are measured between two searches
+POPULATION = 48  # valid candidates that the cost model ranks for them
+PARENTS = 8  # best candidates so far that new ones are mutated from
+RANDOM_SHARE = 0.25  # of the population: not mutated from anything
+GREEDY = 0.9  # of a round: the cost model's favourites; the rest is drawn from the population at random
+BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
+REPEATS, MIN_REPEAT_S = 3, 3e-3  # a measurement is the median of so many repeats, each at least so long
+HOPELESS = 4  # a candidate that is so many times slower than the best of its task is not measured again
+REPORT_S = 0.5
+JOBS_PER_WORKER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
+WARP, MAX_THREADS, MAX_VTHREADS = 32, 1024, 8  # of a CUDA block; the last is MetaSchedule's
+DRAWS = 10_000  # of random decisions, until some fit
+
+
+class DatabaseError(Exception):
+    """A tuning database that cannot be used, in one line."""
+
+
+# ---- The graph ------------------------------------------------------------------------------------------------------
+
+
+def simplify(exported):
+    """Rewrite a decomposed ExportedProgram in place so that there is less to run and more to fuse.
+
+    BatchNorm goes into the weights of the convolution before it. Pointwise operators with one input move in front of a
+    view: in a Transformer, whose Linear layers see (tokens, features), they then fuse with the matrix product.
+    """
+    aten, graph, signature = torch.ops.aten, exported.graph, exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    stores = (exported.state_dict, exported.constants)
+
+    def store_of(node):
+        return next(store for store in stores if names[node.name] in store)
+
+    def read(node):
+        return store_of(node)[names[node.name]].double()
+
+    def write(node, value):
+        store, name = store_of(node), names[node.name]
+        value = value.to(store[name].dtype)
+        store[name] = torch.nn.Parameter(value, requires_grad=False) if name in signature.parameters else value
+
+    for norm in graph.find_nodes(
+        op="call_function", target=torch.ops.aten._native_batch_norm_legit_no_training.default
+    ):
+        convolution, gamma, beta, mean, variance, _, epsilon = norm.args
+        if convolution.target != torch.ops.aten.convolution.default or convolution.args[6]:  # not a transposed one
+            continue
+        weight, bias = convolution.args[1:3]
+        own = [node for node in (convolution, weight, beta, bias) if node is not None]
+        if any(len(node.users) != 1 for node in own) or not all(node.name in names for node in own[1:]):
+            continue
+        scale = read(gamma) / (read(variance) + epsilon).sqrt()
+        write(beta, ((read(bias) if bias is not None else 0) - read(mean)) * scale + read(beta))
+        write(weight, read(weight) * scale.reshape(-1, *[1] * (weight.meta["val"].ndim - 1)))
+        convolution.args = (convolution.args[0], weight, beta, *convolution.args[3:])  # beta holds the bias now
+        for output in list(norm.users):  # the other two are for training
+            if output.args[1] == 0:
+                output.replace_all_uses_with(convolution)
+            graph.erase_node(output)
+        graph.erase_node(norm)
+
+    view = aten.view.default
+    for node in list(graph.nodes):
+        if node.op != "call_function" or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            continue
+        moved = node.args[0] if len(node.all_input_nodes) == 1 else None
+        if getattr(moved, "target", None) != view or len(moved.users) != 1:
+            continue
+        value = node.meta["val"]
+        node.replace_input_with(moved, moved.args[0])
+        node.meta["val"] = value.view(moved.args[0].meta["val"].shape)
+        with graph.inserting_after(node):
+            after = graph.call_function(view, (node, moved.args[1]))
+        after.meta["val"] = value
+        node.replace_all_uses_with(after, lambda user, after=after: user is not after)
+        graph.erase_node(moved)
+    for node in graph.find_nodes(op="call_function", target=view):
+        source = node.args[0]
+        if source.target == view:
+            node.replace_input_with(source, source.args[0])
+            source = source.args[0]
+        if source.meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(source)
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+
+
+# ---- The model's tasks ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One kernel of a model, that is one distinct fused operator with its shapes and dtypes."""
+
+    key: str  # MetaSchedule's structural hash of the module
+    name: str
+    calls: int  # per inference
+    module: str  # the IRModule before scheduling, in TVM's JSON
+    arguments: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, shape): inputs and weights, then outputs
+
+
+def find_target(device):
+    """-> TVM's target for "cpu" or "cuda:N", as JSON."""
+    import tvm
+
+    target = json.loads(str(tvm.target.Target.from_device(tvm.runtime.device(device))))
+    if device == "cpu":
+        target["num-cores"] = len(os.sched_getaffinity(0))  # MetaSchedule's rules for the CPU ask for it
+    return json.dumps(target)
+
+
+def prepare(module, target):
+    """Relax module -> the same with one TIR function for each distinct kernel, not yet scheduled.
+
+    Operators on weights alone go into a function of their own, main_transform_params, which is run once.
+    """
+    import tvm
+    from tvm import relax
+
+    passes = [
+        relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
+        relax.transform.LiftTransformParams(),
+        *relax.pipeline.library_dispatch_passes(target),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.RewriteDataflowReshape(),  # a reshape is no kernel: there is nothing to tune
+    ]
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def default_schedule(module, target):
+    """Schedule what has no schedule yet by TVM's default rules (none on the CPU: plain loops)."""
+    import tvm
+    from tvm.s_tir import dlight
+
+    if target.kind.name == "llvm":
+        return module
+    rules = ("Matmul", "GEMV", "Reduction", "GeneralReduction", "Fallback")  # as in TVM's default pipeline for CUDA
+    with target, tvm.transform.PassContext(opt_level=3):
+        return dlight.ApplyDefaultSchedule(*(getattr(dlight.gpu, rule)() for rule in rules))(module)
+
+
+def extract_tasks(module, target):
+    """Prepared Relax module -> its Tasks; what runs once for the weights is left out."""
+    import tvm
+    from tvm import relax
+    from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
+    from tvm.s_tir.meta_schedule.utils import shash2hex
+
+    of_inference = {name: f for name, f in module.functions.items() if name.name_hint != "main_transform_params"}
+    module = relax.transform.DeadCodeElimination(["main"])(tvm.IRModule(of_inference))
+    tasks = []
+    for task in extract_tasks(module, target):
+        main = task.mod["main"]
+        if any(not isinstance(size, tvm.tirx.IntImm) for parameter in main.params for size in parameter.ty.shape):
+            continue  # a shape that is not known before it runs
+        arguments = tuple((str(p.ty.dtype), tuple(int(size) for size in p.ty.shape)) for p in main.params)
+        tasks.append(Task(shash2hex(task.mod), task.task_name, int(task.weight), tvm.ir.save_json(task.mod), arguments))
+    return tasks
+
+
+# ---- Candidates -----------------------------------------------------------------------------------------------------
+# A candidate is (space, decisions): the number of one of the task's design spaces, and what its sampling instructions
+# are to return, in their order. A tile is a list of factors; everything else is an index into what can be chosen.
+
+
+class Design:
+    """What MetaSchedule knows of a task: its design spaces, the rules after sampling, the features."""
+
+    def __init__(self, module, target):
+        import tvm
+        from tvm.s_tir import meta_schedule as ms
+
+        self.target = tvm.target.Target(json.loads(target))
+        self.module = tvm.ir.load_json(module)
+        kind = self.target.kind.name
+        if kind == "cuda" and "float16" in module:
+            kind = "cuda-tensorcore"
+        rules = {name: kind for name in ("sch_rules", "postprocs", "mutator_probs")}
+        self.context = ms.TuneContext(
+            self.module,
+            target=self.target,
+            space_generator=ms.space_generator.PostOrderApply(**rules),
+            num_threads=1,
+            rand_state=1,  # the same spaces in the same order in every process
+        ).clone()
+        self.spaces = [schedule.trace for schedule in self.context.generate_design_space()]
+        self.samplings = [sampling_instructions(trace) for trace in self.spaces]
+        self.tensor_cores = [any(inst.kind.name == "Blockize" for inst in trace.insts) for trace in self.spaces]
+        self.operands = [self.find_operands(*pair) for pair in zip(self.spaces, self.tensor_cores)]
+        self.extractor = ms.feature_extractor.PerStoreFeature()
+
+    def realize(self, space, decisions, schedule=None, seed=1):
+        """-> (schedule with all rules applied, its decisions), or None where the target forbids it.
+
+        A decision that is None is drawn by TVM. `schedule`: of the module before scheduling (default: a new one).
+        """
+        from tvm.s_tir import Schedule
+        from tvm.s_tir.schedule import Trace
+
+        given = {inst: value for inst, value in zip(self.samplings[space], decisions) if value is not None}
+        schedule = schedule or Schedule(self.module, seed=seed, debug_mask=0, error_render_level="none")
+        try:
+            Trace(self.spaces[space].insts, given).apply_to_schedule(schedule, remove_postproc=True)
+        except Exception:  # a decision that does not fit another one
+            return None
+        taken = [read_decision(schedule.trace, inst) for inst in sampling_instructions(schedule.trace)]
+        schedule.enter_postproc()
+        if not all(rule.apply(schedule) for rule in self.context.space_generator.postprocs):
+            return None
+        return schedule, taken
+
+    def find_operands(self, trace, tensor_cores):
+        """-> what a CUDA block stages in shared memory: (bytes an element, a row of strides for each dimension) each.
+
+        A row holds the dimension's strides along the tiled loops. Empty where that is not known: another target, or no
+        operator with the loops that the design space tiles.
+        """
+        from tvm.s_tir import Schedule
+        from tvm.sym import detect_linear_equation
+
+        extents = [math.prod(read_decision(trace, inst)) for inst in sampling_instructions(trace) if is_tile(inst)]
+        if self.target.kind.name != "cuda" or not extents:
+            return []
+        if tensor_cores:  # whatever the operator was, it has been made a matrix product (m, n, k) in tiles of 16
+            rows = {3: [(1, 0, 0), (0, 1, 0), (0, 0, 1)]}.get(len(extents), [])
+            return [(16 * 16 * 2, [rows[i], rows[2]]) for i in (0, 1)] if rows else []
+        schedule = Schedule(self.module)
+        for block in map(schedule.get, schedule.get_child_blocks(schedule.get_sblock("root"))):
+            if [int(loop.dom.extent) for loop in block.iter_vars] == extents:
+                loops = [loop.var for loop in block.iter_vars]
+                rows = [
+                    [detect_linear_equation(index.min, loops)[:-1] for index in read.region] for read in block.reads
+                ]
+                if all(row for operand in rows for row in operand):  # empty: not linear
+                    sizes = [torch_dtype(read.source.ty.dtype).itemsize for read in block.reads]
+                    return [(size, [[int(s) for s in row] for row in operand]) for size, operand in zip(sizes, rows)]
+        return []
+
+    def fits(self, space, decisions):
+        """-> False where a CUDA block would have too many or too few threads, or not enough shared memory.
+
+        TVM finds that out too, but after 30 ms of work, and 19 of 20 random candidates for a convolution fail. The
+        rules for CUDA cut a spatial loop into five (block, virtual thread, thread, two inner ones; for tensor cores
+        the second is the block's too, and a thread is a warp) and a reduction into three.
+        """
+        tiles = [decision for decision in decisions if isinstance(decision, list)]
+        spatial = [tile for tile in tiles if len(tile) == 5]
+        if not self.operands[space] or not spatial:
+            return True
+        threads = math.prod(tile[2] for tile in spatial)
+        if self.tensor_cores[space]:
+            threads, first = threads * WARP, 2
+        else:
+            first = 1
+            if math.prod(tile[1] for tile in spatial) > MAX_VTHREADS:
+                return False
+        staged = [math.prod(tile[first if len(tile) == 5 else 1 :]) for tile in tiles]
+        shared_bytes = sum(
+            size * math.prod(1 + sum(stride * (n - 1) for stride, n in zip(row, staged)) for row in rows)
+            for size, rows in self.operands[space]
+        )
+        return WARP <= threads <= MAX_THREADS and shared_bytes <= int(self.target.attrs["max_shared_memory_per_block"])
+
+    def features(self, schedule):
+        """-> fp32 array (stores, features)."""
+        from tvm.s_tir.meta_schedule import MeasureCandidate
+
+        (features,) = self.extractor.extract_from(self.context, [MeasureCandidate(schedule, [])])
+        return features.numpy().astype("float32")
+
+
+design = functools.lru_cache(maxsize=None)(Design)  # a worker meets a task many times
+
+
+def sampling_instructions(trace):
+    return [inst for inst in trace.insts if inst.kind.name.startswith("Sample")]
+
+
+def is_tile(instruction):
+    return instruction.kind.name == "SamplePerfectTile"
+
+
+def torch_dtype(name):
+    return getattr(torch, str(name))
+
+
+def read_decision(trace, instruction):
+    decision = trace.decisions[instruction]
+    return [int(factor) for factor in decision] if is_tile(instruction) else int(decision)
+
+
+def search(module, target, trials, count, seed):
+    """-> up to `count` new candidates of a task, the most promising first, as (space, decisions, features).
+
+    `trials` is what was measured: (space, decisions, seconds or None where it failed, features or None).
+    """
+    task, rng = design(module, target), random.Random(seed)
+    known = {candidate_key(space, decisions) for space, decisions, _, _ in trials}
+    parents = sorted((trial for trial in trials if trial[2]), key=lambda trial: trial[2])[:PARENTS]
+    population = []
+    for _ in range(4 * POPULATION):
+        if len(population) == POPULATION or not task.spaces:
+            break
+        for _ in range(DRAWS):
+            if parents and rng.random() > RANDOM_SHARE:
+                space, decisions = parents[min(int(rng.expovariate(0.5)), len(parents) - 1)][:2]
+                decisions = mutate(task.samplings[space], decisions, rng)
+            else:
+                space = rng.randrange(len(task.spaces))
+                decisions = random_decisions(task.samplings[space], task.spaces[space], rng)
+            if task.fits(space, decisions) and candidate_key(space, decisions) not in known:
+                break
+        else:
+            break
+        known.add(candidate_key(space, decisions))
+        realized = task.realize(space, decisions, seed=rng.randrange(1, 2**31))
+        if realized:
+            schedule, decisions = realized
+            if None not in decisions:
+                known.add(candidate_key(space, decisions))
+            population.append((space, decisions, task.features(schedule)))
+    scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
+    favourites = sorted(range(len(population)), key=lambda i: -scores[i])
+    chosen = favourites[: round(GREEDY * count)]
+    rest = favourites[len(chosen) :]
+    chosen += rng.sample(rest, min(len(rest), count - len(chosen)))
+    return [population[i] for i in chosen]
+
+
+def candidate_key(space, decisions):
+    return json.dumps([space, decisions])
+
+
+def predict(measured, population):
+    """-> a score for each of `population`, higher for faster, by TVM's boosted trees trained on `measured`."""
+    from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig, XGBModel
+
+    best = min((seconds for _, seconds in measured if seconds), default=None)
+    if best is None or len(measured) < ROUND or not population:
+        return [0.0] * len(population)
+    model = XGBModel(config=XGBConfig(nthread=1), num_warmup_samples=0)
+    labels = np.array([best / seconds if seconds else 0.0 for _, seconds in measured], dtype="float32")
+    # Below its public methods, which would extract the features of everything measured anew at each search.
+    model._train([features for features, _ in measured], labels)
+    return model._predict([features for _, _, features in population])
+
+
+def random_decisions(instructions, trace, rng):
+    decisions = []
+    for instruction in instructions:
+        decision = None
+        if is_tile(instruction):
+            extent = math.prod(read_decision(trace, instruction))
+            decision = random_tile(extent, *(int(str(attribute)) for attribute in instruction.attrs), rng)
+        elif instruction.kind.name == "SampleCategorical":
+            decision = rng.randrange(len(instruction.attrs[0]))
+        decisions.append(decision)
+    return decisions
+
+
+def random_tile(extent, parts, max_innermost, rng):
+    """-> `parts` factors whose product is `extent`, the last at most `max_innermost`."""
+    while True:
+        factors = [1] * parts
+        for prime in prime_factors(extent):
+            factors[rng.randrange(parts)] *= prime
+        if factors[-1] <= max_innermost:
+            return factors
+
+
+def prime_factors(number):
+    """-> its prime factors in ascending order, with repetition."""
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def mutate(instructions, decisions, rng):
+    """-> the decisions with one or two of them changed: a prime factor of a tile moves, a choice is drawn anew."""
+    decisions = list(decisions)
+    for _ in range(rng.randint(1, 2)):
+        i = rng.randrange(len(decisions)) if decisions else None
+        if i is None:
+            break
+        instruction = instructions[i]
+        if is_tile(instruction):
+            decisions[i] = move_factor(decisions[i], int(str(instruction.attrs[1])), rng)
+        elif instruction.kind.name == "SampleCategorical":
+            decisions[i] = rng.randrange(len(instruction.attrs[0]))
+        else:
+            decisions[i] = None
+    return decisions
+
+
+def move_factor(factors, max_innermost, rng):
+    sources = [i for i, factor in enumerate(factors) if factor > 1]
+    if not sources:
+        return factors
+    source = rng.choice(sources)
+    target = rng.choice([i for i in range(len(factors)) if i != source])
+    prime = rng.choice(prime_factors(factors[source]))
+    moved = list(factors)
+    moved[source] //= prime
+    moved[target] *= prime
+    return moved if moved[-1] <= max_innermost else factors
+
+
+# ---- Building and measuring one candidate ---------------------------------------------------------------------------
+
+
+def build_options(target):
+    """-> TVM's options for building a tuned kernel, alone and in its model.
+
+    Without storage rewriting on CUDA: TVM 0.27 lets a buffer of fp16 share the memory of one of fp32, and then refuses
+    what MetaSchedule makes for tensor cores ("tvm_access_ptr element type must match the source buffer").
+    """
+    return {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": target.kind.name == "cuda"}
+
+
+def build(module, target, candidate, path):
+    """Compile one candidate (None: TVM's default schedule) into the shared library `path`."""
+    import tvm
+    from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
+
+    if candidate is None:
+        compile_target = tvm.target.Target(json.loads(target))
+        scheduled = default_schedule(tvm.ir.load_json(module), compile_target)
+    else:
+        task = design(module, target)
+        compile_target = task.target
+        schedule, _ = task.realize(*candidate)
+        scheduled = RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(schedule.mod)
+    with compile_target, tvm.transform.PassContext(opt_level=3, config=build_options(compile_target)):
+        tvm.build(scheduled, target=compile_target).export_library(path)
+    return path
+
+
+def measure(arguments, path, reference_path, device, tolerance, best_s):
+    """Run a built candidate -> its median seconds; ValueError where its outputs are not those of `reference_path`."""
+    import tvm
+
+    run = tvm.runtime.load_module(path)["main"]
+    inputs, expected = run_reference(arguments, reference_path, device)
+    buffers = [tensor.clone() for tensor in inputs]
+    shared = [tvm.runtime.from_dlpack(tensor) for tensor in buffers]
+
+    def seconds_per_call(calls):
+        if device == "cpu":
+            start = time.perf_counter()
+            for _ in range(calls):
+                run(*shared)
+            return (time.perf_counter() - start) / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            run(*shared)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    seconds_per_call(1)
+    for output, reference in zip(buffers, expected):
+        check_buffer(output, reference, tolerance)
+    once = seconds_per_call(1)
+    if best_s and once > HOPELESS * best_s:
+        return once
+    calls = max(1, math.ceil(MIN_REPEAT_S / once))
+    return statistics.median(seconds_per_call(calls) for _ in range(REPEATS))
+
+
+@functools.lru_cache(maxsize=4)
+def run_reference(arguments, path, device):
+    """-> (input buffers, buffers after TVM's default schedule ran on them); seeded noise, zeros for integers."""
+    import tvm
+
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = []
+    for dtype, shape in arguments:
+        dtype = torch_dtype(dtype)
+        if dtype.is_floating_point:
+            inputs.append(torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype))
+        else:
+            inputs.append(torch.zeros(shape, device=device, dtype=dtype))
+    outputs = [tensor.clone() for tensor in inputs]
+    tvm.runtime.load_module(path)["main"](*(tvm.runtime.from_dlpack(tensor) for tensor in outputs))
+    return inputs, outputs
+
+
+def check_buffer(output, reference, tolerance):
+    """Raise ValueError unless ||output - reference|| <= tolerance ||reference||, both finite at the same places."""
+    if not reference.is_floating_point():
+        if not torch.equal(output, reference):
+            raise ValueError("wrong: its integer outputs are off")
+        return
+    output, reference = output.double(), reference.double()
+    if not torch.equal(output.isfinite(), reference.isfinite()):
+        raise ValueError("wrong: its outputs are not finite where they should be")
+    output, reference = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (output, reference))
+    error, norm = (output - reference).norm().item(), reference.norm().item()
+    if error > tolerance * norm:
+        raise ValueError(f"wrong: rel_error {error / norm if norm else math.inf:.1e}")
+
+
+# ---- Worker processes -----------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A forked process that does one job at a time and is replaced when it dies, hangs or has done many.
+
+    The forking process must have no threads and no CUDA context.
+    """
+
+    def __init__(self, name, jobs=JOBS_PER_WORKER):
+        self.name, self.jobs, self.process, self.label = name, jobs, None, None
+
+    def submit(self, label, timeout_s, function, *args):
+        """Begin function(*args), a module-level function; `label` is what result() gives back with the outcome."""
+        if self.process is None:
+            context = multiprocessing.get_context("fork")
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=work, args=(theirs, os.getpid()), name=self.name, daemon=True)
+            self.process.start()
+            theirs.close()
+            self.left = self.jobs
+        self.label, self.deadline = label, time.monotonic() + timeout_s
+        self.left -= 1
+        with contextlib.suppress(BrokenPipeError):  # it has died already: result() says so
+            self.connection.send((function, args))
+
+    @property
+    def busy(self):
+        return self.label is not None
+
+    def result(self):
+        """-> (label, value, error) of the job, error being None where it succeeded; None while it runs."""
+        label, value, error = self.label, None, None
+        if self.connection.poll():
+            try:
+                value, error = self.connection.recv()
+            except (EOFError, ConnectionResetError):
+                self.process.join(5)
+                error = f"the process ended with exit code {self.process.exitcode}"
+                self.stop()
+        elif time.monotonic() > self.deadline:
+            error = "no result in time"
+            self.stop()
+        else:
+            return None
+        self.label = None
+        if self.process is not None and (self.left <= 0 or error and self.name == "measure"):
+            self.stop()  # a kernel that failed may have broken the CUDA context
+        return label, value, error
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.connection.close()
+            self.process = None
+
+
+def call(timeout_s, function, *args):
+    """-> function(*args), computed in a process of its own; RuntimeError."""
+    worker = Worker("call")
+    worker.submit("call", timeout_s, function, *args)
+    while not (outcome := worker.result()):
+        multiprocessing.connection.wait([worker.connection], timeout=0.2)
+    worker.stop()
+    _, value, error = outcome
+    if error:
+        raise RuntimeError(error)
+    return value
+
+
+def work(connection, parent):
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives a tuner that was killed
+    if os.getppid() != parent:
+        os._exit(1)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((function(*args), None))
+        except Exception as error:
+            connection.send((None, " ".join(f"{type(error).__name__}: {error}".split())[:300]))
+
+
+# ---- The database ---------------------------------------------------------------------------------------------------
+# PATH.journal has a line of JSON for every trial, written as it is measured: what an interrupted run goes on from.
+# PATH.json.gz has the best record of each task: all that a tuned model is compiled from.
+
+
+def database_path(path):
+    return path.with_name(path.name + ".json.gz")
+
+
+def journal_path(path):
+    return path.with_name(path.name + ".journal")
+
+
+def read_database(path, origin):
+    """-> the database of a case, or None where there is none. DatabaseError: damaged, or of another `origin`.
+
+    `origin` names the device and TVM's version: records are good for both together.
+    """
+    file = database_path(path)
+    try:
+        database = json.loads(gzip.decompress(file.read_bytes()))
+        complete = all(record.keys() == set(RECORD) for record in database["records"])
+        complete = complete and database.keys() == {"origin", "tune_time_s", "tune_trials", "asked_trials", "records"}
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise DatabaseError(f"{file} is damaged; delete it to tune anew")
+    check_origin(file, database["origin"], origin)
+    return database
+
+
+RECORD = ("task", "name", "space", "decisions", "seconds", "default_seconds")
+
+
+def check_origin(file, found, expected):
+    if found != expected:
+        raise DatabaseError(f"{file} is of {found}, and this is {expected}; move it away to tune anew")
+
+
+def read_journal(path, origin):
+    """-> the trials of a case's journal, as dicts; a last line that was never finished is left out."""
+    file = journal_path(path)
+    try:
+        lines = file.read_text().splitlines(keepends=True)
+        first, *trials = [json.loads(line) for line in lines if line.endswith("\n")] or [{"origin": origin}]
+        found = first["origin"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise DatabaseError(f"{file} is damaged; delete it to tune anew") from None
+    check_origin(file, found, origin)
+    return trials
+
+
+class Journal:
+    """Appends trials, each on the disk before the next; one process at a time."""
+
+    def __init__(self, path, origin):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = journal_path(path).open("a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatabaseError(f"{journal_path(path)} is being written: another process tunes this case") from None
+        self.trials = read_journal(path, origin)
+        self.file.seek(0)
+        whole, end, _ = self.file.read().rpartition(b"\n")
+        self.file.truncate(len(whole + end))
+        if not whole:
+            self.append({"origin": origin})
+
+    def append(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def write_database(path, database):
+    """Put the database in its place as a whole, in the same bytes for the same content."""
+    file = database_path(path)
+    unfinished = file.with_suffix(".new")
+    unfinished.write_bytes(gzip.compress(json.dumps(database, separators=(",", ":")).encode(), mtime=0))
+    unfinished.replace(file)
+
+
+def apply_database(module, target, database):
+    """Schedule a prepared Relax module by the best records, and by TVM's default rules where there is none."""
+    import tvm
+    from tvm import relax
+    from tvm.s_tir.meta_schedule.database import ScheduleFnDatabase
+    from tvm.s_tir.meta_schedule.utils import shash2hex
+
+    records = {record["task"]: record for record in database["records"]}
+
+    def schedule_by_record(schedule):
+        module = tvm.IRModule(schedule.mod.functions)  # without its name, which the hash would see
+        record = records.get(shash2hex(module))
+        if record is None:
+            return False
+        task = Design(tvm.ir.save_json(module), str(target))
+        return task.realize(record["space"], record["decisions"], schedule) is not None
+
+    with target, ScheduleFnDatabase(schedule_by_record), tvm.transform.PassContext(opt_level=3):
+        module = relax.transform.MetaScheduleApplyDatabase()(module)
+    return default_schedule(module, target)
+
+
+def lowering(target):
+    """-> the passes of TVM's default pipeline that come after scheduling."""
+    import tvm
+    from tvm.relax.backend.cpu_generic import pipeline as cpu
+    from tvm.relax.backend.cuda import pipeline as cuda
+
+    passes = {"cuda": cuda, "llvm": cpu}[target.kind.name]
+    return tvm.transform.Sequential(passes.dataflow_lower_passes(target) + passes.finalize_passes(target))
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """How far one task has come."""
+
+    def __init__(self, task):
+        self.task = task
+        self.default_s = None  # of TVM's default schedule, which is also what candidates are checked against
+        self.reference = None  # path of its shared library
+        self.trials = []  # (space, decisions, seconds or None where it failed, features or None)
+        self.waiting = 0  # candidates on their way, or a search
+        self.exhausted = False  # nothing new can be drawn, or there is nothing to check against
+        self.history = []  # best seconds after each round
+
+    @property
+    def best_s(self):
+        return min([self.default_s or math.inf, *(seconds for _, _, seconds, _ in self.trials if seconds)])
+
+    def end_of_round(self):
+        if math.isfinite(self.best_s):
+            self.history.append(self.best_s)
+
+    def urgency(self):
+        """-> seconds per inference that another round may save: Ansor's estimate (Zheng et al., arXiv:2006.06762).
+
+        As in TVM's own scheduler: a weighted mean of the slope over the last three rounds and of best / rounds.
+        """
+        best, rounds = self.history[-1], len(self.history)
+        slope = (self.history[-4] - best) / 3 if rounds > 3 else best / rounds
+        return self.task.calls * (0.2 * slope + 0.8 * best / rounds)
+
+
+def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, workers, scratch, report):
+    """Search until there are `asked_trials` for each task on average or `limit_s` have passed; write the database.
+
+    target: TVM's target as JSON. device: "cpu" or "cuda:N". tolerance: largest relative error of a kernel. workers:
+    processes that search and build. scratch: an existing directory for what they build. report: called with a line on
+    how it goes. -> the database. No thread and no CUDA context may be in the calling process.
+    """
+    journal = Journal(path, origin)
+    database = read_database(path, origin)
+    progress = {task.key: Progress(task) for task in tasks}
+    spent_s, done = restore(progress, database, journal.trials)
+    budget = asked_trials * len(tasks)
+    start, done_before, next_report = time.monotonic(), done, 0.0
+    builders = [Worker("build") for _ in range(workers)]
+    measurer = Worker("measure", jobs=math.inf)
+    to_build = collections.deque((state, None) for state in progress.values())
+    to_measure = collections.deque()
+    alone = device == "cpu"  # there, what is built disturbs what is measured: the two take turns
+    numbers = itertools.count()
+    draining = False
+
+    def hand_out_to(builder):
+        """Give an idle builder a candidate to build or, where none is left, the task that promises most to search."""
+        if to_build:
+            state, candidate = to_build.popleft()
+            file = os.path.join(scratch, f"{next(numbers)}.so")
+            arguments = (state.task.module, target, candidate and candidate[:2], file)
+            builder.submit(("build", state, candidate), BUILD_TIMEOUT_S, build, *arguments)
+            return
+        on_their_way = sum(state.waiting for state in progress.values())
+        open_states = [s for s in progress.values() if s.history and not s.waiting and not s.exhausted]
+        if not open_states or done + on_their_way >= budget:
+            return
+        state = max(open_states, key=Progress.urgency)
+        state.waiting = ROUND
+        arguments = (state.task.module, target, state.trials, ROUND, len(state.trials))
+        builder.submit(("search", state, None), SEARCH_TIMEOUT_S, search, *arguments)
+
+    def record(state, candidate, seconds, error):
+        nonlocal done
+        line = {"task": state.task.key, "elapsed_s": round(spent_s + time.monotonic() - start, 3)}
+        if candidate is None:
+            state.default_s, state.exhausted = seconds, seconds is None
+            line["default_seconds"] = seconds
+        else:
+            space, decisions, features = candidate
+            state.trials.append((space, decisions, seconds, features))
+            state.waiting -= 1
+            done += 1
+            line |= {"space": space, "decisions": decisions, "seconds": seconds}
+        if error:
+            line["error"] = error
+        if candidate is None or state.waiting == 0:
+            state.end_of_round()
+        journal.append(line)
+
+    def take(label, value, error):
+        kind, state, candidate, *files = label
+        if kind == "search":
+            state.waiting = len(value or [])
+            state.exhausted = not value
+            if error:
+                journal.append({"task": state.task.key, "error": f"search: {error}"})
+            to_build.extend((state, found) for found in value or [])
+        elif kind == "build" and not error:
+            if candidate is None:
+                state.reference = value
+            to_measure.append((state, candidate, value))
+        else:
+            record(state, candidate, value, error)
+            if kind == "measure" and candidate is not None:
+                os.remove(files[0])
+
+    try:
+        while time.monotonic() - start < limit_s and done < budget:
+            draining = alone and bool(to_measure) and (draining or len(to_measure) >= ROUND)
+            for builder in builders:
+                if not builder.busy and not (alone and (draining or measurer.busy)):
+                    hand_out_to(builder)
+            if to_measure and not measurer.busy and not (alone and any(builder.busy for builder in builders)):
+                state, candidate, file = to_measure.popleft()
+                best_s = state.best_s if math.isfinite(state.best_s) else None
+                arguments = (state.task.arguments, file, state.reference, device, tolerance, best_s)
+                measurer.submit(("measure", state, candidate, file), MEASURE_TIMEOUT_S, measure, *arguments)
+            busy = [worker for worker in (*builders, measurer) if worker.busy]
+            if not busy:
+                break  # every task is exhausted
+            multiprocessing.connection.wait([worker.connection for worker in busy], timeout=0.2)
+            for outcome in filter(None, [worker.result() for worker in busy]):
+                take(*outcome)
+            if time.monotonic() > next_report:
+                report(describe(progress.values(), done, done_before, budget, time.monotonic() - start))
+                next_report = time.monotonic() + REPORT_S
+        ended = done >= budget or time.monotonic() - start < limit_s
+        if not any(state.best_s < math.inf for state in progress.values()):
+            raise RuntimeError("no kernel of the model could be built and measured by TVM's default rules")
+        database = {
+            "origin": origin,
+            "tune_time_s": round(spent_s + time.monotonic() - start, 1),
+            "tune_trials": done,
+            "asked_trials": asked_trials if ended else 0,
+            "records": [best_record(state) for state in progress.values() if improved(state)],
+        }
+        write_database(path, database)
+        return database
+    finally:
+        for worker in (*builders, measurer):
+            worker.stop()
+
+
+def restore(progress, database, trials):
+    """Put what was measured before into `progress`; -> (seconds that it took, number of trials)."""
+    spent_s, done = 0.0, 0
+    if database and not trials:  # of another checkout: its best records only
+        spent_s, done = database["tune_time_s"], database["tune_trials"]
+        trials = database["records"]
+    for trial in trials:
+        spent_s = max(spent_s, trial.get("elapsed_s", 0.0))
+        state = progress.get(trial["task"])
+        if "space" in trial:
+            done += "elapsed_s" in trial
+            if state:
+                state.trials.append((trial["space"], trial["decisions"], trial["seconds"], None))
+    return spent_s, done
+
+
+def improved(state):
+    return state.default_s is not None and state.best_s < state.default_s
+
+
+def best_record(state):
+    space, decisions, seconds, _ = min((t for t in state.trials if t[2]), key=lambda trial: trial[2])
+    return dict(zip(RECORD, (state.task.key, state.task.name, space, decisions, seconds, state.default_s)))
+
+
+def describe(states, done, done_before, budget, elapsed_s):
+    estimate_ms = sum(state.task.calls * state.best_s for state in states if math.isfinite(state.best_s)) * 1e3
+    known = sum(math.isfinite(state.best_s) for state in states)
+    rate = (done - done_before) / max(elapsed_s, 1e-3)
+    text = f"{done} of {budget} trials, {rate:.1f} trials/s, estimated {estimate_ms:.3f} ms"
+    return text if known == len(states) else f"{text} ({known} of {len(states)} tasks)"
