@@ -50,6 +50,10 @@ class DatabaseError(Exception):
     """A tuning database that cannot be used, in one line."""
 
 
+class WrongOutput(Exception):
+    """A candidate computes something else than TVM's default schedule does."""
+
+
 # ---- The graph ------------------------------------------------------------------------------------------------------
 
 
@@ -74,15 +78,15 @@ def simplify(exported):
         value = value.to(store[name].dtype)
         store[name] = torch.nn.Parameter(value, requires_grad=False) if name in signature.parameters else value
 
-    for norm in graph.find_nodes(
-        op="call_function", target=torch.ops.aten._native_batch_norm_legit_no_training.default
-    ):
+    for norm in graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
         convolution, gamma, beta, mean, variance, _, epsilon = norm.args
-        if convolution.target != torch.ops.aten.convolution.default or convolution.args[6]:  # not a transposed one
+        if convolution.target != aten.convolution.default or convolution.args[6]:  # a transposed one
             continue
         weight, bias = convolution.args[1:3]
-        own = [node for node in (convolution, weight, beta, bias) if node is not None]
-        if any(len(node.users) != 1 for node in own) or not all(node.name in names for node in own[1:]):
+        constants = [weight, gamma, beta, *([] if bias is None else [bias])]
+        if any(node is None or node.name not in names or len(node.users) != 1 for node in constants):
+            continue
+        if len(convolution.users) != 1:
             continue
         scale = read(gamma) / (read(variance) + epsilon).sqrt()
         write(beta, ((read(bias) if bias is not None else 0) - read(mean)) * scale + read(beta))
@@ -268,12 +272,13 @@ class Design:
         for block in map(schedule.get, schedule.get_child_blocks(schedule.get_sblock("root"))):
             if [int(loop.dom.extent) for loop in block.iter_vars] == extents:
                 loops = [loop.var for loop in block.iter_vars]
-                rows = [
-                    [detect_linear_equation(index.min, loops)[:-1] for index in read.region] for read in block.reads
-                ]
-                if all(row for operand in rows for row in operand):  # empty: not linear
-                    sizes = [torch_dtype(read.source.ty.dtype).itemsize for read in block.reads]
-                    return [(size, [[int(s) for s in row] for row in operand]) for size, operand in zip(sizes, rows)]
+                operands = []
+                for read in block.reads:
+                    rows = [detect_linear_equation(index.min, loops)[:-1] for index in read.region]
+                    if not all(rows):
+                        return []  # an index that is not linear
+                    operands.append((torch_dtype(read.source.ty.dtype).itemsize, [list(map(int, row)) for row in rows]))
+                return operands
         return []
 
     def fits(self, space, decisions):
@@ -332,7 +337,8 @@ def read_decision(trace, instruction):
 def search(module, target, trials, count, seed):
     """-> up to `count` new candidates of a task, the most promising first, as (space, decisions, features).
 
-    `trials` is what was measured: (space, decisions, seconds or None where it failed, features or None).
+    `trials` is what was measured: (space, decisions, seconds or None where it failed, features or None where it was
+    measured by an earlier run). The evolution keeps no state but that, so that any process can go on with any task.
     """
     task, rng = design(module, target), random.Random(seed)
     known = {candidate_key(space, decisions) for space, decisions, _, _ in trials}
@@ -480,36 +486,25 @@ def build(module, target, candidate, path):
 
 
 def measure(arguments, path, reference_path, device, tolerance, best_s):
-    """Run a built candidate -> its median seconds; ValueError where its outputs are not those of `reference_path`."""
+    """Run a built candidate -> its median seconds; WrongOutput where its outputs are not those of `reference_path`."""
     import tvm
 
-    run = tvm.runtime.load_module(path)["main"]
+    module, on = tvm.runtime.load_module(path), tvm.runtime.device(device)
     inputs, expected = run_reference(arguments, reference_path, device)
     buffers = [tensor.clone() for tensor in inputs]
     shared = [tvm.runtime.from_dlpack(tensor) for tensor in buffers]
-
-    def seconds_per_call(calls):
-        if device == "cpu":
-            start = time.perf_counter()
-            for _ in range(calls):
-                run(*shared)
-            return (time.perf_counter() - start) / calls
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            run(*shared)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-
-    seconds_per_call(1)
+    module["main"](*shared)
+    on.sync()
     for output, reference in zip(buffers, expected):
         check_buffer(output, reference, tolerance)
-    once = seconds_per_call(1)
+
+    def seconds(calls, repeats):
+        return module.time_evaluator("main", on, number=calls, repeat=repeats)(*shared).results
+
+    (once,) = seconds(1, 1)
     if best_s and once > HOPELESS * best_s:
         return once
-    calls = max(1, math.ceil(MIN_REPEAT_S / once))
-    return statistics.median(seconds_per_call(calls) for _ in range(REPEATS))
+    return statistics.median(seconds(max(1, math.ceil(MIN_REPEAT_S / once)), REPEATS))
 
 
 @functools.lru_cache(maxsize=4)
@@ -527,22 +522,23 @@ def run_reference(arguments, path, device):
             inputs.append(torch.zeros(shape, device=device, dtype=dtype))
     outputs = [tensor.clone() for tensor in inputs]
     tvm.runtime.load_module(path)["main"](*(tvm.runtime.from_dlpack(tensor) for tensor in outputs))
+    tvm.runtime.device(device).sync()
     return inputs, outputs
 
 
 def check_buffer(output, reference, tolerance):
-    """Raise ValueError unless ||output - reference|| <= tolerance ||reference||, both finite at the same places."""
+    """Raise WrongOutput unless ||output - reference|| <= tolerance ||reference||, both finite at the same places."""
     if not reference.is_floating_point():
         if not torch.equal(output, reference):
-            raise ValueError("wrong: its integer outputs are off")
+            raise WrongOutput("integers are off")
         return
     output, reference = output.double(), reference.double()
     if not torch.equal(output.isfinite(), reference.isfinite()):
-        raise ValueError("wrong: its outputs are not finite where they should be")
+        raise WrongOutput("not finite where it should be")
     output, reference = (torch.where(tensor.isfinite(), tensor, 0) for tensor in (output, reference))
     error, norm = (output - reference).norm().item(), reference.norm().item()
     if error > tolerance * norm:
-        raise ValueError(f"wrong: rel_error {error / norm if norm else math.inf:.1e}")
+        raise WrongOutput(f"rel_error {error / norm if norm else math.inf:.1e}")
 
 
 # ---- Worker processes -----------------------------------------------------------------------------------------------
@@ -554,15 +550,15 @@ class Worker:
     The forking process must have no threads and no CUDA context.
     """
 
-    def __init__(self, name, jobs=JOBS_PER_WORKER):
-        self.name, self.jobs, self.process, self.label = name, jobs, None, None
+    def __init__(self, jobs=JOBS_PER_WORKER):
+        self.jobs, self.process, self.label = jobs, None, None
 
     def submit(self, label, timeout_s, function, *args):
         """Begin function(*args), a module-level function; `label` is what result() gives back with the outcome."""
         if self.process is None:
             context = multiprocessing.get_context("fork")
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=work, args=(theirs, os.getpid()), name=self.name, daemon=True)
+            self.process = context.Process(target=work, args=(theirs, os.getpid()), daemon=True)
             self.process.start()
             theirs.close()
             self.left = self.jobs
@@ -591,7 +587,7 @@ class Worker:
         else:
             return None
         self.label = None
-        if self.process is not None and (self.left <= 0 or error and self.name == "measure"):
+        if self.process is not None and (self.left <= 0 or error and not error.startswith(WrongOutput.__name__)):
             self.stop()  # a kernel that failed may have broken the CUDA context
         return label, value, error
 
@@ -605,7 +601,7 @@ class Worker:
 
 def call(timeout_s, function, *args):
     """-> function(*args), computed in a process of its own; RuntimeError."""
-    worker = Worker("call")
+    worker = Worker()
     worker.submit("call", timeout_s, function, *args)
     while not (outcome := worker.result()):
         multiprocessing.connection.wait([worker.connection], timeout=0.2)
@@ -796,8 +792,8 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
     spent_s, done = restore(progress, database, journal.trials)
     budget = asked_trials * len(tasks)
     start, done_before, next_report = time.monotonic(), done, 0.0
-    builders = [Worker("build") for _ in range(workers)]
-    measurer = Worker("measure", jobs=math.inf)
+    builders = [Worker() for _ in range(workers)]
+    measurer = Worker(jobs=math.inf)
     to_build = collections.deque((state, None) for state in progress.values())
     to_measure = collections.deque()
     alone = device == "cpu"  # there, what is built disturbs what is measured: the two take turns
