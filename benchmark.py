@@ -686,84 +686,6 @@ def tuned_module(exported, target):
     return tuning.prepare(module, target), weights
 
 
-def tuning_path(case):
-    """-> where the case's tuning database is, without the ends of its files' names."""
-    name = ".".join((case.model_name, describe_shapes(case), case.precision))
-    device, name = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, name))
-    return case.tuning_dir / device / name
-
-
-def tuning_origin(case):
-    """-> what a database must have been made on to be good for the case."""
-    return f"{case.device_name}, TVM {version('apache-tvm')}"
-
-
-def tune_case(case, asked_trials, limit_s, turn):
-    """Search for the case's best schedules and write its database, in a process that computes nothing itself."""
-    turn.report("importing")
-    import_tvm_for_tuning(case.precision)
-    importlib.import_module("xgboost")
-    import tvm_ffi
-    from tvm.support import nvcc
-
-    # Back to TVM's own: compile_kernels() has a core for each kernel of a model, here a core has a candidate.
-    tvm_ffi.register_global_func("tvm_callback_cuda_compile", nvcc.tvm_callback_cuda_compile, override=True)
-    turn.report("looking for kernels")
-    target = tuning.call(MAKE_TASKS_TIMEOUT_S, tuning.find_target, case.device)
-    tasks = tuning.call(MAKE_TASKS_TIMEOUT_S, make_tasks, case, target)
-    cores = len(os.sched_getaffinity(0))
-    tuning.tune(
-        tasks,
-        target,
-        case.device,
-        tuning_path(case),
-        tuning_origin(case),
-        PRECISIONS[case.precision][2],
-        asked_trials,
-        limit_s,
-        cores if case.device == "cpu" else max(1, cores - 1),  # one launches what the GPU measures
-        tempfile.gettempdir(),
-        turn.report,
-    )
-
-
-def plan_tuning(case, args):
-    """-> (trials for each kernel, seconds) to tune the case with, None where its database needs nothing more.
-
-    Without --tune-trials and --tune-minutes any database will do.
-    """
-    path = tuning_path(case)
-    try:
-        database = tuning.read_database(path, tuning_origin(case))
-    except tuning.DatabaseError as error:
-        raise UserError(str(error)) from None
-    of_others = {str(file.parent.name) for file in tuning.database_path(path).parent.parent.glob(f"*/{path.name}.*")}
-    if of_others - {path.parent.name}:
-        there = ", ".join(sorted(of_others - {path.parent.name}))
-        warn(f"tuning databases of other devices are not used here: {there}; this is {case.device_name}")
-    asked_trials = args.tune_trials or TUNE_TRIALS
-    if database and (database["asked_trials"] >= asked_trials or not (args.tune_trials or args.tune_minutes)):
-        return None
-    return asked_trials, 60 * (args.tune_minutes or TUNE_MINUTES)
-
-
-def tuning_columns(case):
-    """-> the row's columns on what all the tuning behind the case's database took."""
-    database = tuning.read_database(tuning_path(case), tuning_origin(case))
-    return {name: database[name] for name in ("tune_time_s", "tune_trials")}
-
-
-def make_tasks(case, target):
-    """-> the kernels of the case's model that can be tuned, as tuning.Tasks."""
-    import tvm
-
-    with arithmetic(case.precision) as dtype, torch.no_grad():
-        model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
-        exported = export_for_tvm(model, inputs)
-    target = tvm.target.Target(json.loads(target))
-    return tuning.extract_tasks(tuned_module(exported, target)[0], target)
-
-
 def export_for_tvm(model, inputs):
     """-> the model's decomposed ExportedProgram.
 
@@ -881,16 +803,21 @@ def import_tvm(precision):
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
     if PRECISIONS[precision][0] != torch.float32:
-        # The schedules for tensor cores, which TVM would import while it compiles.
-        getmodule = inspect.getmodule
-
-        def getmodule_of_file(thing, filename=None):
-            return None if filename and filename.startswith("<frozen") else getmodule(thing, filename)
-
-        # TVM asks for the call stack hundreds of times here, and each time inspect searches all modules for the import
-        # system's frames, which belong to no file: minutes in a process that has imported transformers.
-        with unittest.mock.patch.object(inspect, "getmodule", getmodule_of_file):
+        # The schedules for tensor cores, which TVM would import while it compiles. It asks for the call stack hundreds
+        # of times here, and each time inspect looks for the source text of every frame: minutes in a process that has
+        # imported transformers. TVM copes where that text is None.
+        with unittest.mock.patch.object(inspect, "stack", call_stack):
             importlib.import_module("tvm.s_tir.tensor_intrin")
+
+
+def call_stack(context=0):
+    """inspect.stack() without the source text."""
+    frame, frames = sys._getframe(1), []
+    while frame:
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return frames
 
 
 def import_tvm_for_tuning(_):
@@ -943,6 +870,89 @@ TEST_ITEMS = {
     "tvm": (tvm_default, import_tvm),
     "tvm_tune": (tvm_tuned, import_tvm_for_tuning),
 }
+
+
+# ---- Tuning ---------------------------------------------------------------------------------------------------------
+# What tvm_tune needs before its turn, as far as it is not the search itself, which is in tuning.py.
+
+
+def tuning_path(case):
+    """-> where the case's tuning database is, without the ends of its files' names."""
+    name = ".".join((case.model_name, describe_shapes(case), case.precision))
+    device, name = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, name))
+    return case.tuning_dir / device / name
+
+
+def tuning_origin(case):
+    """-> what a database must have been made on to be good for the case."""
+    return f"{case.device_name}, TVM {version('apache-tvm')}"
+
+
+def plan_tuning(case, args):
+    """-> (trials for each kernel, seconds) to tune the case with, None where its database needs nothing more.
+
+    Without --tune-trials and --tune-minutes any database will do.
+    """
+    path = tuning_path(case)
+    try:
+        database = tuning.read_database(path, tuning_origin(case))
+        tuning.read_journal(path, tuning_origin(case))
+    except tuning.DatabaseError as error:
+        raise UserError(str(error)) from None
+    databases = case.tuning_dir.glob(f"*/{tuning.database_path(path).name}")
+    if of_others := sorted({file.parent.name for file in databases} - {path.parent.name}):
+        there = ", ".join(of_others)
+        warn(f"tuning databases of other devices are not used here: {there}; this is {case.device_name}")
+    asked_trials = args.tune_trials or TUNE_TRIALS
+    if database and (database["asked_trials"] >= asked_trials or not (args.tune_trials or args.tune_minutes)):
+        return None
+    return asked_trials, 60 * (args.tune_minutes or TUNE_MINUTES)
+
+
+def tune_case(case, asked_trials, limit_s, turn):
+    """Search for the case's best schedules and write its database, in a process that computes nothing itself."""
+    turn.report("importing")
+    import_tvm_for_tuning(case.precision)
+    importlib.import_module("xgboost")
+    import tvm_ffi
+    from tvm.support import nvcc
+
+    # Back to TVM's own: compile_kernels() has a core for each kernel of a model, here a core has a candidate.
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", nvcc.tvm_callback_cuda_compile, override=True)
+    turn.report("looking for kernels")
+    target = tuning.call(MAKE_TASKS_TIMEOUT_S, tuning.find_target, case.device)
+    tasks = tuning.call(MAKE_TASKS_TIMEOUT_S, make_tasks, case, target)
+    cores = len(os.sched_getaffinity(0))
+    tuning.tune(
+        tasks,
+        target,
+        case.device,
+        tuning_path(case),
+        tuning_origin(case),
+        PRECISIONS[case.precision][2],
+        asked_trials,
+        limit_s,
+        cores if case.device == "cpu" else max(1, cores - 1),  # one launches what the GPU measures
+        tempfile.gettempdir(),
+        turn.report,
+    )
+
+
+def make_tasks(case, target):
+    """-> the kernels of the case's model that can be tuned, as tuning.Tasks."""
+    import tvm
+
+    with arithmetic(case.precision) as dtype, torch.no_grad():
+        model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
+        exported = export_for_tvm(model, inputs)
+    target = tvm.target.Target(json.loads(target))
+    return tuning.extract_tasks(tuned_module(exported, target)[0], target)
+
+
+def tuning_columns(case):
+    """-> the row's columns on what all the tuning behind the case's database took."""
+    database = tuning.read_database(tuning_path(case), tuning_origin(case))
+    return {name: database[name] for name in ("tune_time_s", "tune_trials")}
 
 
 # ---- Check ----------------------------------------------------------------------------------------------------------

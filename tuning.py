@@ -42,7 +42,8 @@ REPEATS, MIN_REPEAT_S = 3, 3e-3  # a measurement is the median of so many repeat
 HOPELESS = 4  # a candidate that is so many times slower than the best of its task is not measured again
 REPORT_S = 0.5
 JOBS_PER_WORKER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
-WARP, MAX_THREADS, MAX_VTHREADS = 32, 1024, 8  # of a CUDA block; the last is MetaSchedule's
+# Of a CUDA block (CUDA C++ Programming Guide, compute capabilities); virtual threads are MetaSchedule's.
+WARP, MAX_THREADS, STATIC_SHARED_BYTES, MAX_VTHREADS = 32, 1024, 48 * 1024, 8
 DRAWS = 10_000  # of random decisions, until some fit
 
 
@@ -143,8 +144,12 @@ def find_target(device):
     import tvm
 
     target = json.loads(str(tvm.target.Target.from_device(tvm.runtime.device(device))))
+    # What MetaSchedule's rules ask for, and not every device says.
     if device == "cpu":
-        target["num-cores"] = len(os.sched_getaffinity(0))  # MetaSchedule's rules for the CPU ask for it
+        target["num-cores"] = len(os.sched_getaffinity(0))
+    else:
+        target |= {"max_threads_per_block": MAX_THREADS, "thread_warp_size": WARP}
+        target["max_shared_memory_per_block"] = STATIC_SHARED_BYTES
     return json.dumps(target)
 
 
@@ -304,7 +309,7 @@ class Design:
             size * math.prod(1 + sum(stride * (n - 1) for stride, n in zip(row, staged)) for row in rows)
             for size, rows in self.operands[space]
         )
-        return WARP <= threads <= MAX_THREADS and shared_bytes <= int(self.target.attrs["max_shared_memory_per_block"])
+        return WARP <= threads <= MAX_THREADS and shared_bytes <= STATIC_SHARED_BYTES
 
     def features(self, schedule):
         """-> fp32 array (stores, features)."""
@@ -360,11 +365,13 @@ def search(module, target, trials, count, seed):
             break
         known.add(candidate_key(space, decisions))
         realized = task.realize(space, decisions, seed=rng.randrange(1, 2**31))
-        if realized:
-            schedule, decisions = realized
-            if None not in decisions:
-                known.add(candidate_key(space, decisions))
-            population.append((space, decisions, task.features(schedule)))
+        if realized is None:
+            continue
+        schedule, taken = realized
+        if taken != decisions and candidate_key(space, taken) in known:
+            continue  # what TVM drew was there
+        known.add(candidate_key(space, taken))
+        population.append((space, taken, task.features(schedule)))
     scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
     favourites = sorted(range(len(population)), key=lambda i: -scores[i])
     chosen = favourites[: round(GREEDY * count)]

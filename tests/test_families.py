@@ -67,7 +67,7 @@ FAMILIES = {
     ),
 }
 
-# One process for all: imports cost more than these models do, and benchmark.py isolates every item by itself.
+# One process for many: imports cost more than these models do, and benchmark.py isolates every item by itself.
 SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -92,8 +92,13 @@ def rows(tmp_path_factory):
         common = "--weights random --batch-size 2 --seq-len 16 --iterations 3 --test-items torch tvm".split()
         paths = ["--model", str(directory / model_type), "--results", str(directory / "rows.csv")]
         commands.append([*common, *options, *paths])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    halves = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(half)], stdout=subprocess.PIPE, text=True)
+        for half in (commands[::2], commands[1::2])
+    ]
+    for half in halves:
+        stdout, _ = half.communicate()
+        assert half.returncode == 0, stdout
     return {(row["model_name"].rpartition("/")[2], row["test_item"]): row for row in read_csv(directory / "rows.csv")}
 
 

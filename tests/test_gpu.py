@@ -1,5 +1,7 @@
 """Behaviour that only a GPU can show; tests/test_evidence.py has the measurements."""
 
+import json
+
 import pytest
 import torch
 from conftest import TINY_RESNET, read_csv
@@ -19,6 +21,20 @@ def test_default_items(command, write_model, tmp_path):
     for row in rows:
         assert row["device_name"] == torch.cuda.get_device_name(0) and row["cuda_version"] == torch.version.cuda
         assert row["driver_version"] and float(row["rel_error"]) <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tuned_schedules_are_measured_checked_and_used(command, write_model, tmp_path, precision):
+    arguments = ["--model", write_model(), "--weights", "random", "--precision", precision, "--results", "rows.csv"]
+    tune = ["--test-items", "tvm", "tvm_tune", "--tuning-dir", "tuning", "--tune-trials", 16]
+    done = command("benchmark.py", *arguments, *tune)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = read_csv(tmp_path / "rows.csv")[1]
+    (journal,) = (tmp_path / "tuning").glob("*/*.journal")
+    _, *lines = map(json.loads, journal.read_text().splitlines())
+    measured = [line for line in lines if line.get("seconds")]
+    assert len(measured) > 0.5 * int(row["tune_trials"]), [line["error"] for line in lines if "error" in line][:5]
+    print(f"\n{precision}: {row['tune_trials']} trials in {row['tune_time_s']} s, {len(measured)} of them valid")
 
 
 def test_out_of_memory_is_a_failed_row(command, write_model, tmp_path):
