@@ -722,13 +722,16 @@ def write_database(path, database):
 
 
 def apply_database(module, target, database):
-    """Schedule a prepared Relax module by the best records, and by TVM's default rules where there is none."""
+    """Schedule a prepared Relax module by the best records, and by TVM's default rules where there is none.
+
+    Raises DatabaseError where a record fits no kernel: it is not the database of this model as it is exported now.
+    """
     import tvm
     from tvm import relax
     from tvm.s_tir.meta_schedule.database import ScheduleFnDatabase
     from tvm.s_tir.meta_schedule.utils import shash2hex
 
-    records = {record["task"]: record for record in database["records"]}
+    records, used = {record["task"]: record for record in database["records"]}, set()
 
     def schedule_by_record(schedule):
         module = tvm.IRModule(schedule.mod.functions)  # without its name, which the hash would see
@@ -736,10 +739,18 @@ def apply_database(module, target, database):
         if record is None:
             return False
         task = Design(tvm.ir.save_json(module), str(target))
-        return task.realize(record["space"], record["decisions"], schedule) is not None
+        if task.realize(record["space"], record["decisions"], schedule) is None:
+            return False
+        used.add(record["task"])
+        return True
 
     with target, ScheduleFnDatabase(schedule_by_record), tvm.transform.PassContext(opt_level=3):
         module = relax.transform.MetaScheduleApplyDatabase()(module)
+    if used != records.keys():
+        unused = (
+            f"{len(records) - len(used)} of {len(records)} records fit no kernel of the model as it is exported here"
+        )
+        raise DatabaseError(f"{unused}; delete the database to tune anew")
     return default_schedule(module, target)
 
 

@@ -136,28 +136,43 @@ build.__module__, build.__qualname__ = "tuning", "build"
 tuning.build = build
 tuning.BUILD_TIMEOUT_S = 5
 
+def product_and(activation, target):
+    from tvm import relax
+    builder = relax.BlockBuilder()
+    x, w = (relax.Var(name, relax.TensorType((64, 64), "float32")) for name in "xw")
+    with builder.function("main", [x, w], {"num_input": 1}):
+        with builder.dataflow():
+            output = builder.emit_output(activation(relax.op.matmul(x, w)))
+        builder.emit_func_output(output)
+    return tuning.prepare(builder.get(), target)
+
 def make_tasks(target):
     import tvm
     from tvm import relax
-    tasks = []
-    for activation in (relax.op.nn.relu, relax.op.tanh):
-        builder = relax.BlockBuilder()
-        x, w = (relax.Var(name, relax.TensorType((64, 64), "float32")) for name in "xw")
-        with builder.function("main", [x, w], {"num_input": 1}):
-            with builder.dataflow():
-                output = builder.emit_output(activation(relax.op.matmul(x, w)))
-            builder.emit_func_output(output)
-        on = tvm.target.Target(json.loads(target))
-        tasks += tuning.extract_tasks(tuning.prepare(builder.get(), on), on)
-    return tasks
+    target = tvm.target.Target(json.loads(target))
+    modules = [product_and(activation, target) for activation in (relax.op.nn.relu, relax.op.tanh)]
+    return [task for module in modules for task in tuning.extract_tasks(module, target)]
 
-make_tasks.__module__ = "__main__"
+def apply(target, database, activation):
+    import tvm
+    from tvm import relax
+    target = tvm.target.Target(json.loads(target))
+    module = product_and({"relu": relax.op.nn.relu, "tanh": relax.op.tanh}[activation], target)
+    functions = tuning.apply_database(module, target, database).functions.values()
+    return [bool(function.attrs.get("tirx.is_scheduled")) for function in functions if "s_tir" in function.attrs]
+
 benchmark.import_tvm("fp16")
 target = tuning.call(60, tuning.find_target, "cpu")
 task, other = tuning.call(60, make_tasks, target)
 path = Path(tempfile.mkdtemp()) / "case"
 tuning.tune([task], target, "cpu", path, "here", 1e-4, 16, 100, 2, str(path.parent), lambda text: None)
-print(json.dumps([tuning.read_journal(path, "here"), tuning.read_database(path, "here")]))
+database = tuning.read_database(path, "here")
+print(tuning.call(60, apply, target, database, "relu"))
+try:
+    tuning.call(60, apply, target, database, "tanh")
+except RuntimeError as error:
+    print(error)
+print(json.dumps([tuning.read_journal(path, "here"), database]))
 """
 
 
@@ -165,7 +180,9 @@ def test_a_bad_candidate_costs_itself_only():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", UNRELIABLE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    journal, database = json.loads(done.stdout.splitlines()[-1])
+    scheduled, refusal, data = done.stdout.splitlines()
+    assert scheduled == "[True]" and "1 of 1 records fit no kernel" in refusal
+    journal, database = json.loads(data)
     errors = [line.get("error", "") for line in journal if "space" in line]
     assert len(errors) == database["tune_trials"] == 16
     assert sum("exit code -6" in error for error in errors) == 4
