@@ -1,8 +1,8 @@
-"""TVM's MetaSchedule, driven so that every core searches and builds while the device measures.
+"""TVM's tuner; apart from benchmark.py because its processes fork from one that has computed nothing.
 
-Apart from benchmark.py because its processes are forked from one that has computed nothing: no thread, no CUDA
-context, TVM imported once. benchmark.py calls prepare(), tune() and read_database(); the file reads in that order:
-the model's tasks -> candidates for a task -> building and measuring one -> the database -> the loop over all of it.
+That one has imported TVM, and has no thread and no CUDA context. The file reads in the order of the data: the model's
+graph -> its tasks -> candidates for a task -> building and measuring one -> worker processes -> the database -> the
+loop over all of it. What benchmark.py calls: simplify(), prepare(), extract_tasks(), tune(), apply_database().
 
 MetaSchedule (Shao et al., arXiv:2205.13603) gives the design spaces, the rules that make a sampled schedule whole, the
 features and the cost model. Its own loop is replaced: its builder starts its processes anew for every batch, it waits
