@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import QUICK, ROOT, TINY_RESNET, read_csv
+from conftest import QUICK, ROOT, TINY_RESNET, process_list, read_csv
 
 import benchmark
 
@@ -228,10 +228,6 @@ def test_interrupt_leaves_nothing_behind(write_model, tmp_path, to_group, jobs):
     left = [path for path in os.listdir(tmp_path / "t") if not path.startswith("torchinductor")]  # torch's own, empty
     assert left == []
     assert not any(str(tmp_path) in line for line in process_list())
-
-
-def process_list():
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.timeout(60 + 30 * KILLS)

@@ -21,12 +21,10 @@ def tvm():
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
     """The item's own path up to the cubin: export, import, TVM's default pipeline for sm_90, NVRTC, link."""
-
     config = benchmark.CONFIG_MAPPING["resnet"](**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
     dtype = benchmark.PRECISIONS[precision][0]
     model, inputs = benchmark.load_on_device(make_case(config), dtype)
-    exported = torch.export.export(model, (), inputs).run_decompositions()
-    module, _ = benchmark.import_to_relax(exported)
+    module, _ = benchmark.import_to_relax(benchmark.export_for_tvm(model, inputs))
     target = tvm.target.Target(
         {
             "kind": "cuda",
