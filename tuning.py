@@ -271,8 +271,10 @@ class Design:
         if self.target.kind.name != "cuda" or not extents:
             return []
         if tensor_cores:  # whatever the operator was, it has been made a matrix product (m, n, k) in tiles of 16
-            rows = {3: [(1, 0, 0), (0, 1, 0), (0, 0, 1)]}.get(len(extents), [])
-            return [(16 * 16 * 2, [rows[i], rows[2]]) for i in (0, 1)] if rows else []
+            if len(extents) != 3:
+                return []
+            fragment, (m, n, k) = 16 * 16 * 2, ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+            return [(fragment, [m, k]), (fragment, [n, k])]
         schedule = Schedule(self.module)
         for block in map(schedule.get, schedule.get_child_blocks(schedule.get_sblock("root"))):
             if [int(loop.dom.extent) for loop in block.iter_vars] == extents:
@@ -435,10 +437,8 @@ def prime_factors(number):
 def mutate(instructions, decisions, rng):
     """-> the decisions with one or two of them changed: a prime factor of a tile moves, a choice is drawn anew."""
     decisions = list(decisions)
-    for _ in range(rng.randint(1, 2)):
-        i = rng.randrange(len(decisions)) if decisions else None
-        if i is None:
-            break
+    for _ in range(rng.randint(1, 2) if decisions else 0):
+        i = rng.randrange(len(decisions))
         instruction = instructions[i]
         if is_tile(instruction):
             decisions[i] = move_factor(decisions[i], int(str(instruction.attrs[1])), rng)
@@ -802,7 +802,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
 
     target: TVM's target as JSON. device: "cpu" or "cuda:N". tolerance: largest relative error of a kernel. workers:
     processes that search and build. scratch: an existing directory for what they build. report: called with a line on
-    how it goes. -> the database. No thread and no CUDA context may be in the calling process.
+    how it goes. No thread and no CUDA context may be in the calling process.
     """
     journal = Journal(path, origin)
     database = read_database(path, origin)
@@ -846,7 +846,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             state.trials.append((space, decisions, seconds, features))
             state.waiting -= 1
             done += 1
-            line |= {"space": space, "decisions": decisions, "seconds": seconds}
+            line |= {"space": space, "decisions": decisions, "seconds": seconds, "trials": done}
         if error:
             line["error"] = error
         if candidate is None or state.waiting == 0:
@@ -901,25 +901,23 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             "records": [best_record(state) for state in progress.values() if improved(state)],
         }
         write_database(path, database)
-        return database
     finally:
         for worker in (*builders, measurer):
             worker.stop()
 
 
 def restore(progress, database, trials):
-    """Put what was measured before into `progress`; -> (seconds that it took, number of trials)."""
-    spent_s, done = 0.0, 0
-    if database and not trials:  # of another checkout: its best records only
-        spent_s, done = database["tune_time_s"], database["tune_trials"]
-        trials = database["records"]
-    for trial in trials:
+    """Put what was measured before into `progress`; -> (seconds that it took, number of trials).
+
+    From both: the database may come from another checkout, with a journal that began after it.
+    """
+    records = database["records"] if database else []
+    spent_s, done = (database["tune_time_s"], database["tune_trials"]) if database else (0.0, 0)
+    for trial in [*records, *trials]:
         spent_s = max(spent_s, trial.get("elapsed_s", 0.0))
-        state = progress.get(trial["task"])
-        if "space" in trial:
-            done += "elapsed_s" in trial
-            if state:
-                state.trials.append((trial["space"], trial["decisions"], trial["seconds"], None))
+        done = max(done, trial.get("trials", 0))
+        if "space" in trial and trial["task"] in progress:
+            progress[trial["task"]].trials.append((trial["space"], trial["decisions"], trial["seconds"], None))
     return spent_s, done
 
 

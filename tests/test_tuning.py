@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RESNET, read_csv
+from conftest import ROOT, TINY_RESNET, process_list, read_csv
 
 import benchmark
 import tuning
@@ -62,10 +62,6 @@ class Tuned:
         """-> its whole lines; a line that is being written is left out."""
         text = "".join(file.read_text() for file in self.files(".journal"))
         return text[: text.rfind("\n") + 1].splitlines()
-
-
-def process_list():
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +217,17 @@ def test_a_journal_survives_its_writer(tmp_path):
     tuning.journal_path(path).write_text("not JSON\n")
     with pytest.raises(tuning.DatabaseError, match="damaged"):
         tuning.read_journal(path, "here")
+
+
+def test_a_database_and_a_later_journal_are_both_restored():
+    progress = {key: tuning.Progress(tuning.Task(key, key, 1, "", ())) for key in "ab"}
+    record = dict(zip(tuning.RECORD, ("a", "a", 0, [1], 1e-6, 2e-6)))
+    database = {"tune_time_s": 50.0, "tune_trials": 500, "records": [record]}
+    journal = [{"task": "a", "space": 0, "decisions": [2], "seconds": 3e-6, "elapsed_s": 52.0, "trials": 501}]
+    journal += [{"task": "b", "elapsed_s": 53.0, "error": "search: timeout"}]
+    assert tuning.restore(progress, database, journal) == (53.0, 501)
+    assert progress["a"].best_s == 1e-6 and progress["b"].trials == []
+    assert tuning.restore({}, None, []) == (0.0, 0)
 
 
 class Parts(torch.nn.Module):
