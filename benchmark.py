@@ -912,6 +912,8 @@ def plan_tuning(case, args):
 def tune_case(case, asked_trials, limit_s, turn):
     """Search for the case's best schedules and write its database, in a process that computes nothing itself."""
     turn.report("importing")
+    # TVM's import asks PyTorch whether there is a GPU. By NVML, then: by CUDA, no fork of this process could use one.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import_tvm_for_tuning(case.precision)
     importlib.import_module("xgboost")
     import tvm_ffi
