@@ -34,7 +34,9 @@ import torch
 
 ROUND = 16  # candidates of a task that are measured between two searches
 POPULATION = 48  # valid candidates that the cost model ranks for them
-PARENTS = 8  # best candidates so far that new ones are mutated from
+PARENTS = 8  # best candidates of a design space so far, that new ones are mutated from
+EXPLORED = 8  # candidates of a design space that are measured before it may be given up, which it is where
+GIVEN_UP = 1.5  # its best is so many times slower than the best of the task
 RANDOM_SHARE = 0.25  # of the population: not mutated from anything
 GREEDY = 0.9  # of a round: the cost model's favourites; the rest is drawn from the population at random
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
@@ -258,6 +260,21 @@ class Design:
             return None
         return schedule, taken
 
+    def accepts(self, space, decisions):
+        """-> whether the decisions are of the kind and the extents that the space samples."""
+        if space >= len(self.spaces) or len(decisions) != len(self.samplings[space]):
+            return False
+        for instruction, decision in zip(self.samplings[space], decisions):
+            if is_tile(instruction) != isinstance(decision, list):
+                return False
+            if is_tile(instruction):
+                own = read_decision(self.spaces[space], instruction)
+                if len(own) != len(decision) or math.prod(own) != math.prod(decision):
+                    return False
+            elif instruction.kind.name == "SampleCategorical" and decision >= len(instruction.attrs[0]):
+                return False
+        return self.fits(space, decisions)
+
     def find_operands(self, trace, tensor_cores):
         """-> what a CUDA block stages in shared memory: (bytes an element, a row of strides for each dimension) each.
 
@@ -341,45 +358,71 @@ def read_decision(trace, instruction):
     return [int(factor) for factor in decision] if is_tile(instruction) else int(decision)
 
 
-def search(module, target, trials, count, seed):
+def search(module, target, trials, relatives, count, seed):
     """-> up to `count` new candidates of a task, the most promising first, as (space, decisions, features).
 
     `trials` is what was measured: (space, decisions, seconds or None where it failed, features or None where it was
-    measured by an earlier run). The evolution keeps no state but that, so that any process can go on with any task.
+    measured by an earlier run). `relatives`: the best (space, decisions) of other tasks, which are tried where they
+    fit: a network has convolutions that differ in a stride or in what is fused with them, and in nothing else. The
+    evolution keeps no state but that, so that any process can go on with any task.
     """
     task, rng = design(module, target), random.Random(seed)
     known = {candidate_key(space, decisions) for space, decisions, _, _ in trials}
-    parents = sorted((trial for trial in trials if trial[2]), key=lambda trial: trial[2])[:PARENTS]
+    parents = [sorted((t for t in trials if t[2] and t[0] == i), key=lambda t: t[2]) for i in range(len(task.spaces))]
     population = []
-    for _ in range(4 * POPULATION):
-        if len(population) == POPULATION or not task.spaces:
-            break
-        for _ in range(DRAWS):
-            if parents and rng.random() > RANDOM_SHARE:
-                space, decisions = parents[min(int(rng.expovariate(0.5)), len(parents) - 1)][:2]
-                decisions = mutate(task.samplings[space], decisions, rng)
-            else:
-                space = rng.randrange(len(task.spaces))
-                decisions = random_decisions(task.samplings[space], task.spaces[space], rng)
-            if task.fits(space, decisions) and candidate_key(space, decisions) not in known:
-                break
-        else:
-            break
+
+    def add(space, decisions):
         known.add(candidate_key(space, decisions))
         realized = task.realize(space, decisions, seed=rng.randrange(1, 2**31))
         if realized is None:
-            continue
+            return
         schedule, taken = realized
         if taken != decisions and candidate_key(space, taken) in known:
-            continue  # what TVM drew was there
+            return  # what TVM drew was there
         known.add(candidate_key(space, taken))
         population.append((space, taken, task.features(schedule)))
+
+    for space, decisions in relatives:
+        if task.accepts(space, decisions) and candidate_key(space, decisions) not in known:
+            add(space, decisions)
+    borrowed = list(range(len(population)))[:count]
+
+    open_spaces = find_open_spaces(len(task.spaces), trials)
+    turn = collections.deque(open_spaces)
+    for _ in range(4 * POPULATION):
+        if len(population) >= POPULATION or not turn:
+            break
+        space = turn.popleft()
+        for _ in range(DRAWS):
+            if parents[space] and rng.random() > RANDOM_SHARE:
+                best = parents[space][:PARENTS]
+                parent = best[min(int(rng.expovariate(0.5)), len(best) - 1)]
+                decisions = mutate(task.samplings[space], parent[1], rng)
+            else:
+                decisions = random_decisions(task.samplings[space], task.spaces[space], rng)
+            if task.fits(space, decisions) and candidate_key(space, decisions) not in known:
+                add(space, decisions)
+                turn.append(space)  # not where nothing new can be drawn
+                break
     scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
-    favourites = sorted(range(len(population)), key=lambda i: -scores[i])
-    chosen = favourites[: round(GREEDY * count)]
-    rest = favourites[len(chosen) :]
+    favourites = sorted(range(len(borrowed), len(population)), key=lambda i: -scores[i])
+    by_space = [[i for i in favourites if population[i][0] == space] for space in open_spaces]
+    in_turns = [i for turn in itertools.zip_longest(*by_space) for i in turn if i is not None]
+    chosen = borrowed + in_turns[: max(0, round(GREEDY * count) - len(borrowed))]
+    rest = [i for i in in_turns if i not in chosen]
     chosen += rng.sample(rest, min(len(rest), count - len(chosen)))
     return [population[i] for i in chosen]
+
+
+def find_open_spaces(count, trials):
+    """-> the design spaces, of `count`, that are worth more trials: hardly explored, or nearly as good as the best.
+
+    Each of them gets an equal share of a round: the cost model alone settles on the first space that looks good, and
+    the other one may be three times faster once its tiles are right.
+    """
+    measured = [[seconds or math.inf for space, _, seconds, _ in trials if space == i] for i in range(count)]
+    best = min(itertools.chain(*measured), default=math.inf)
+    return [i for i, times in enumerate(measured) if len(times) < EXPLORED or min(times) <= GIVEN_UP * best]
 
 
 def candidate_key(space, decisions):
@@ -780,8 +823,13 @@ class Progress:
         self.history = []  # best seconds after each round
 
     @property
+    def best(self):
+        """The fastest trial, None where none has succeeded."""
+        return min((trial for trial in self.trials if trial[2]), key=lambda trial: trial[2], default=None)
+
+    @property
     def best_s(self):
-        return min([self.default_s or math.inf, *(seconds for _, _, seconds, _ in self.trials if seconds)])
+        return min(self.default_s or math.inf, self.best[2] if self.best else math.inf)
 
     def end_of_round(self):
         if math.isfinite(self.best_s):
@@ -832,7 +880,8 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             return
         state = max(open_states, key=Progress.urgency)
         state.waiting = ROUND
-        arguments = (state.task.module, target, state.trials, ROUND, len(state.trials))
+        relatives = [other.best[:2] for other in progress.values() if other is not state and other.best]
+        arguments = (state.task.module, target, state.trials, relatives, ROUND, len(state.trials))
         builder.submit(("search", state, None), SEARCH_TIMEOUT_S, search, *arguments)
 
     def record(state, candidate, seconds, error):
@@ -926,7 +975,7 @@ def improved(state):
 
 
 def best_record(state):
-    space, decisions, seconds, _ = min((t for t in state.trials if t[2]), key=lambda trial: trial[2])
+    space, decisions, seconds, _ = state.best
     return dict(zip(RECORD, (state.task.key, state.task.name, space, decisions, seconds, state.default_s)))
 
 

@@ -168,6 +168,10 @@ try:
     tuning.call(60, apply, target, database, "tanh")
 except RuntimeError as error:
     print(error)
+(record,) = database["records"]
+relatives = [[record["space"], record["decisions"]], [record["space"], [[3, 5]]], [99, []]]
+found = tuning.call(60, tuning.search, other.module, target, [], relatives, 4, 1)
+print([[space, decisions] for space, decisions, _ in found].index(relatives[0]), len(found))
 print(json.dumps([tuning.read_journal(path, "here"), database]))
 """
 
@@ -176,8 +180,9 @@ def test_a_bad_candidate_costs_itself_only():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", UNRELIABLE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    scheduled, refusal, data = done.stdout.splitlines()
+    scheduled, refusal, borrowed, data = done.stdout.splitlines()
     assert scheduled == "[True]" and "1 of 1 records fit no kernel" in refusal
+    assert borrowed == "0 4"  # what is best for one product is tried first for the other; what does not fit is not
     journal, database = json.loads(data)
     errors = [line.get("error", "") for line in journal if "space" in line]
     assert len(errors) == database["tune_trials"] == 16
@@ -188,6 +193,18 @@ def test_a_bad_candidate_costs_itself_only():
     (record,) = database["records"]
     assert record["name"] == "fused_matmul_relu"
     assert record["seconds"] < record["default_seconds"]
+
+
+def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():
+    def trials(space, *seconds):
+        return [(space, [], s, None) for s in seconds]
+
+    assert tuning.find_open_spaces(2, []) == [0, 1]
+    few = trials(0, *[1.0] * 20) + trials(1, *[9.0] * (tuning.EXPLORED - 1))
+    assert tuning.find_open_spaces(2, few) == [0, 1]
+    assert tuning.find_open_spaces(2, few + trials(1, 9.0)) == [0]
+    assert tuning.find_open_spaces(2, few + trials(1, 1.4)) == [0, 1]
+    assert tuning.find_open_spaces(2, trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
 
 
 def test_tiles_keep_their_extent():
