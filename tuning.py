@@ -7,7 +7,8 @@ loop over all of it. What benchmark.py calls: simplify(), prepare(), extract_tas
 MetaSchedule (Shao et al., arXiv:2205.13603) gives the design spaces, the rules that make a sampled schedule whole, the
 features and the cost model. Its own loop is replaced: its builder starts its processes anew for every batch, it waits
 for the slowest of a batch, loses what it measured in its first round through the tasks when it is stopped, and its
-sampler throws away 19 of 20 samples of a convolution for CUDA after 30 ms of work on each.
+sampler throws away 19 of 20 samples of a convolution for CUDA after 30 ms of work on each. And its design spaces for
+CUDA lack what a network at batch 1 needs most: sums that are split between blocks of threads.
 """
 
 import collections
@@ -27,6 +28,7 @@ import random
 import signal
 import statistics
 import time
+import typing
 import zlib
 
 import numpy as np
@@ -35,8 +37,7 @@ import torch
 ROUND = 16  # candidates of a task that are measured between two searches
 POPULATION = 48  # valid candidates that the cost model ranks for them
 PARENTS = 8  # best candidates of a design space so far, that new ones are mutated from
-EXPLORED = 8  # candidates of a design space that are measured before it may be given up, which it is where
-GIVEN_UP = 1.5  # its best is so many times slower than the best of the task
+EXPLORED, PATIENCE = 4, 8  # a design space is given up after EXPLORED candidates or more: find_open_spaces()
 RANDOM_SHARE = 0.25  # of the population: not mutated from anything
 GREEDY = 0.9  # of a round: the cost model's favourites; the rest is drawn from the population at random
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
@@ -47,6 +48,8 @@ JOBS_PER_WORKER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 # Of a CUDA block (CUDA C++ Programming Guide, compute capabilities); virtual threads are MetaSchedule's.
 WARP, MAX_THREADS, STATIC_SHARED_BYTES, MAX_VTHREADS = 32, 1024, 48 * 1024, 8
 DRAWS = 10_000  # of random decisions, until some fit
+# Of find_rewrites(). An H200 has 132 multiprocessors of 2048 threads: 2^20 sums are 4 for each thread.
+SPLITS, SPLIT_SUM, SPLIT_OUTPUTS = (16, 8, 4, 2), 64, 2**20
 
 
 class DatabaseError(Exception):
@@ -219,6 +222,7 @@ class Design:
 
     def __init__(self, module, target):
         import tvm
+        from tvm.s_tir import Schedule
         from tvm.s_tir import meta_schedule as ms
 
         self.target = tvm.target.Target(json.loads(target))
@@ -227,17 +231,25 @@ class Design:
         if kind == "cuda" and "float16" in module:
             kind = "cuda-tensorcore"
         rules = {name: kind for name in ("sch_rules", "postprocs", "mutator_probs")}
-        self.context = ms.TuneContext(
-            self.module,
-            target=self.target,
-            space_generator=ms.space_generator.PostOrderApply(**rules),
-            num_threads=1,
-            rand_state=1,  # the same spaces in the same order in every process
-        ).clone()
-        self.spaces = [schedule.trace for schedule in self.context.generate_design_space()]
+        self.ways, self.spaces = [], []  # for each space: what rewrite_product() is given first, and the trace
+        for ways in find_rewrites(self.module) if kind.startswith("cuda") else [0]:
+            self.context = ms.TuneContext(
+                rewrite_product(Schedule(self.module), ways).mod,
+                target=self.target,
+                space_generator=ms.space_generator.PostOrderApply(**rules),
+                num_threads=1,
+                rand_state=1,  # the same spaces in the same order in every process
+            ).clone()
+            traces = [schedule.trace for schedule in self.context.generate_design_space()]
+            self.spaces += traces
+            self.ways += [ways] * len(traces)
         self.samplings = [sampling_instructions(trace) for trace in self.spaces]
         self.tensor_cores = [any(inst.kind.name == "Blockize" for inst in trace.insts) for trace in self.spaces]
-        self.operands = [self.find_operands(*pair) for pair in zip(self.spaces, self.tensor_cores)]
+        self.choices = [[find_choice(trace, inst) for inst in sampling_instructions(trace)] for trace in self.spaces]
+        for ways, tensor_cores, choices in zip(self.ways, self.tensor_cores, self.choices):
+            if ways > 1 and not tensor_cores and isinstance(choices[0], Tile):
+                choices[0] = choices[0]._replace(whole=True)  # a block has one part of the sum
+        self.operands = [self.find_operands(i) for i in range(len(self.spaces))]
         self.extractor = ms.feature_extractor.PerStoreFeature()
 
     def realize(self, space, decisions, schedule=None, seed=1):
@@ -250,6 +262,7 @@ class Design:
 
         given = {inst: value for inst, value in zip(self.samplings[space], decisions) if value is not None}
         schedule = schedule or Schedule(self.module, seed=seed, debug_mask=0, error_render_level="none")
+        rewrite_product(schedule, self.ways[space])
         try:
             Trace(self.spaces[space].insts, given).apply_to_schedule(schedule, remove_postproc=True)
         except Exception:  # a decision that does not fit another one
@@ -262,20 +275,19 @@ class Design:
 
     def accepts(self, space, decisions):
         """-> whether the decisions are of the kind and the extents that the space samples."""
-        if space >= len(self.spaces) or len(decisions) != len(self.samplings[space]):
+        if space >= len(self.spaces) or len(decisions) != len(self.choices[space]):
             return False
-        for instruction, decision in zip(self.samplings[space], decisions):
-            if is_tile(instruction) != isinstance(decision, list):
+        for choice, decision in zip(self.choices[space], decisions):
+            if isinstance(choice, Tile) != isinstance(decision, list):
                 return False
-            if is_tile(instruction):
-                own = read_decision(self.spaces[space], instruction)
-                if len(own) != len(decision) or math.prod(own) != math.prod(decision):
+            if isinstance(choice, Tile):
+                if len(decision) != choice.parts or math.prod(decision) != choice.extent:
                     return False
-            elif instruction.kind.name == "SampleCategorical" and decision >= len(instruction.attrs[0]):
+            elif choice is not None and decision >= choice:
                 return False
         return self.fits(space, decisions)
 
-    def find_operands(self, trace, tensor_cores):
+    def find_operands(self, space):
         """-> what a CUDA block stages in shared memory: (bytes an element, a row of strides for each dimension) each.
 
         A row holds the dimension's strides along the tiled loops. Empty where that is not known: another target, or no
@@ -284,15 +296,17 @@ class Design:
         from tvm.s_tir import Schedule
         from tvm.sym import detect_linear_equation
 
-        extents = [math.prod(read_decision(trace, inst)) for inst in sampling_instructions(trace) if is_tile(inst)]
+        tiles = filter(is_tile, self.samplings[space])
+        extents = [math.prod(read_decision(self.spaces[space], tile)) for tile in tiles]
         if self.target.kind.name != "cuda" or not extents:
             return []
-        if tensor_cores:  # whatever the operator was, it has been made a matrix product (m, n, k) in tiles of 16
+        if self.tensor_cores[space]:
+            # Whatever the operator was, it has been made a matrix product (m, n, k) in tiles of 16.
             if len(extents) != 3:
                 return []
             fragment, (m, n, k) = 16 * 16 * 2, ((1, 0, 0), (0, 1, 0), (0, 0, 1))
             return [(fragment, [m, k]), (fragment, [n, k])]
-        schedule = Schedule(self.module)
+        schedule = rewrite_product(Schedule(self.module), self.ways[space])
         for block in map(schedule.get, schedule.get_child_blocks(schedule.get_sblock("root"))):
             if [int(loop.dom.extent) for loop in block.iter_vars] == extents:
                 loops = [loop.var for loop in block.iter_vars]
@@ -341,12 +355,95 @@ class Design:
 design = functools.lru_cache(maxsize=None)(Design)  # a worker meets a task many times
 
 
+def find_product(schedule):
+    """-> (block of a task's product, blocks after it), a matrix product or a convolution, or None where it has none."""
+    blocks = [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
+    reductions = [i for i, block in enumerate(blocks) if reduction_loops(block)]
+    if len(reductions) != 1 or len(blocks[reductions[0]].reads) < 2:
+        return None
+    names = [block.name_hint for block in blocks[reductions[0] :]]
+    product, *after = map(schedule.get_sblock, names)
+    return product, after
+
+
+def reduction_loops(block):
+    return [loop for loop in block.iter_vars if loop.iter_type == loop.CommReduce]
+
+
+def find_rewrites(module):
+    """-> what rewrite_product() may gain something by for a task: "ways" to split its sum, 0 and 1 for not at all.
+
+    At most two splits, down to SPLIT_SUM terms each, as long as there are no more than SPLIT_OUTPUTS sums in all. The
+    task as it is comes first, so that a database of a version without rewriting keeps its meaning.
+    """
+    from tvm.s_tir import Schedule
+
+    schedule = Schedule(module)
+    found = find_product(schedule)
+    if found is None:
+        return [0]
+    product, *after = [schedule.get(block) for block in (found[0], *found[1])]
+    extents = [int(loop.dom.extent) for loop in product.iter_vars]
+    terms = math.prod(int(loop.dom.extent) for loop in reduction_loops(product))
+    outputs, last = math.prod(extents) // terms, extents[-1]
+    ways = [n for n in SPLITS if last % n == 0 and terms // n >= SPLIT_SUM and outputs * n <= SPLIT_OUTPUTS]
+    try:
+        rewrite_product(schedule, 2 if ways else 1)
+    except Exception:  # what is fused with the product is of a kind that cannot be inlined or moved
+        return [0]
+    read = [region.source for block in after for region in block.reads]
+    read_twice = any(sum(map(block.writes[0].source.same_as, read)) > 1 for block in (product, *after))
+    return [0] + [1] * read_twice + ways[:1] + ways[2:3]
+
+
+def rewrite_product(schedule, ways):
+    """Make one block of all that is fused after the schedule's product, and split its sum; -> the schedule.
+
+    One block, because MetaSchedule leaves a kernel of its own to what reads the product twice, as GELU does. And its
+    rules for CUDA give each output to one block of threads: a product with few outputs and a long sum, which is what a
+    network has at batch 1, keeps few of the GPU's multiprocessors busy. `ways` > 1: so many parts of each sum, which a
+    second kernel adds up when it does what is fused after the product. 0: the schedule is left as it is.
+    """
+    if ways == 0:
+        return schedule
+    product, after = find_product(schedule)
+    for block in after[:-1]:
+        schedule.compute_inline(block)
+    if ways == 1:
+        return schedule
+    part, _ = schedule.split(schedule.get_loops(product)[-1], [ways, None])
+    partial = schedule.rfactor(part, 0)
+    *loops, part, _ = schedule.get_loops(partial)
+    schedule.reorder(part, *loops)  # MetaSchedule tiles a block only if its loops are in the order of its indices
+    if after:
+        schedule.compute_at(product, schedule.get_loops(after[-1])[-1])
+        schedule.set_scope(product, 0, "local")
+    return schedule
+
+
 def sampling_instructions(trace):
     return [inst for inst in trace.insts if inst.kind.name.startswith("Sample")]
 
 
 def is_tile(instruction):
     return instruction.kind.name == "SamplePerfectTile"
+
+
+class Tile(typing.NamedTuple):
+    """What a sampling instruction for a tile returns: `parts` factors of `extent`, the last one limited."""
+
+    extent: int
+    parts: int
+    max_innermost: int
+    whole: bool = False  # the first factor is all of it
+
+
+def find_choice(trace, instruction):
+    """-> what a sampling instruction can return: a Tile, a number of options, or None: only TVM knows."""
+    if is_tile(instruction):
+        parts, max_innermost = (int(str(attribute)) for attribute in instruction.attrs)
+        return Tile(math.prod(read_decision(trace, instruction)), parts, max_innermost)
+    return len(instruction.attrs[0]) if instruction.kind.name == "SampleCategorical" else None
 
 
 def torch_dtype(name):
@@ -397,9 +494,9 @@ def search(module, target, trials, relatives, count, seed):
             if parents[space] and rng.random() > RANDOM_SHARE:
                 best = parents[space][:PARENTS]
                 parent = best[min(int(rng.expovariate(0.5)), len(best) - 1)]
-                decisions = mutate(task.samplings[space], parent[1], rng)
+                decisions = mutate(task.choices[space], parent[1], rng)
             else:
-                decisions = random_decisions(task.samplings[space], task.spaces[space], rng)
+                decisions = random_decisions(task.choices[space], rng)
             if task.fits(space, decisions) and candidate_key(space, decisions) not in known:
                 add(space, decisions)
                 turn.append(space)  # not where nothing new can be drawn
@@ -418,11 +515,16 @@ def find_open_spaces(count, trials):
     """-> the design spaces, of `count`, that are worth more trials: hardly explored, or nearly as good as the best.
 
     Each of them gets an equal share of a round: the cost model alone settles on the first space that looks good, and
-    the other one may be three times faster once its tiles are right.
+    the other one may be three times faster once its tiles are right. The more candidates a space has had, the closer
+    must its best one be.
     """
     measured = [[seconds or math.inf for space, _, seconds, _ in trials if space == i] for i in range(count)]
     best = min(itertools.chain(*measured), default=math.inf)
-    return [i for i, times in enumerate(measured) if len(times) < EXPLORED or min(times) <= GIVEN_UP * best]
+
+    def is_open(times):
+        return len(times) < EXPLORED or min(times) <= best * (1 + PATIENCE / len(times))
+
+    return [i for i, times in enumerate(measured) if is_open(times)]
 
 
 def candidate_key(space, decisions):
@@ -443,17 +545,16 @@ def predict(measured, population):
     return model._predict([features for _, _, features in population])
 
 
-def random_decisions(instructions, trace, rng):
-    decisions = []
-    for instruction in instructions:
-        decision = None
-        if is_tile(instruction):
-            extent = math.prod(read_decision(trace, instruction))
-            decision = random_tile(extent, *(int(str(attribute)) for attribute in instruction.attrs), rng)
-        elif instruction.kind.name == "SampleCategorical":
-            decision = rng.randrange(len(instruction.attrs[0]))
-        decisions.append(decision)
-    return decisions
+def random_decisions(choices, rng):
+    return [random_decision(choice, rng) for choice in choices]
+
+
+def random_decision(choice, rng):
+    if isinstance(choice, Tile):
+        if choice.whole:
+            return [choice.extent] + [1] * (choice.parts - 1)
+        return random_tile(choice.extent, choice.parts, choice.max_innermost, rng)
+    return rng.randrange(choice) if choice else None
 
 
 def random_tile(extent, parts, max_innermost, rng):
@@ -466,6 +567,7 @@ def random_tile(extent, parts, max_innermost, rng):
             return factors
 
 
+@functools.cache
 def prime_factors(number):
     """-> its prime factors in ascending order, with repetition."""
     factors, divisor = [], 2
@@ -477,18 +579,15 @@ def prime_factors(number):
     return factors
 
 
-def mutate(instructions, decisions, rng):
+def mutate(choices, decisions, rng):
     """-> the decisions with one or two of them changed: a prime factor of a tile moves, a choice is drawn anew."""
     decisions = list(decisions)
     for _ in range(rng.randint(1, 2) if decisions else 0):
         i = rng.randrange(len(decisions))
-        instruction = instructions[i]
-        if is_tile(instruction):
-            decisions[i] = move_factor(decisions[i], int(str(instruction.attrs[1])), rng)
-        elif instruction.kind.name == "SampleCategorical":
-            decisions[i] = rng.randrange(len(instruction.attrs[0]))
-        else:
-            decisions[i] = None
+        if not isinstance(choices[i], Tile):
+            decisions[i] = random_decision(choices[i], rng)
+        elif not choices[i].whole:
+            decisions[i] = move_factor(decisions[i], choices[i].max_innermost, rng)
     return decisions
 
 

@@ -203,7 +203,8 @@ def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():
     few = trials(0, *[1.0] * 20) + trials(1, *[9.0] * (tuning.EXPLORED - 1))
     assert tuning.find_open_spaces(2, few) == [0, 1]
     assert tuning.find_open_spaces(2, few + trials(1, 9.0)) == [0]
-    assert tuning.find_open_spaces(2, few + trials(1, 1.4)) == [0, 1]
+    assert tuning.find_open_spaces(2, few + trials(1, 2.5)) == [0, 1]
+    assert tuning.find_open_spaces(2, few + trials(1, 2.5, *[9.0] * 20)) == [0]
     assert tuning.find_open_spaces(2, trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
 
 
@@ -245,6 +246,56 @@ def test_a_database_and_a_later_journal_are_both_restored():
     assert tuning.restore(progress, database, journal) == (53.0, 501)
     assert progress["a"].best_s == 1e-6 and progress["b"].trials == []
     assert tuning.restore({}, None, []) == (0.0, 0)
+
+
+@pytest.fixture
+def product():
+    """A matrix product (32, 128) x (128, 64), and after it what reads a result twice, as a TIR module."""
+    benchmark.import_tvm_for_tuning("fp32")
+    import tvm
+    from tvm import te
+
+    x, w, b = (te.placeholder(shape, name=name) for name, shape in (("x", (32, 128)), ("w", (128, 64)), ("b", (64,))))
+    k = te.reduce_axis((0, 128), name="k")
+    matmul = te.compute((32, 64), lambda i, j: te.sum(x[i, k] * w[k, j], axis=k), name="matmul")
+    biased = te.compute((32, 64), lambda i, j: matmul[i, j] + b[j], name="biased")
+    scaled = te.compute((32, 64), lambda i, j: te.exp(biased[i, j] * -0.01), name="scaled")
+    output = te.compute((32, 64), lambda i, j: biased[i, j] * scaled[i, j], name="output")
+    return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
+
+
+def test_rewriting_a_product_changes_no_result(product):
+    import tvm
+    from tvm.s_tir import Schedule
+
+    assert tuning.find_rewrites(product) == [0, 1, 2]  # a sum of 128 gives two of 64, not more
+    x, w, b = (torch.randn(shape) for shape in ((32, 128), (128, 64), (64,)))
+    expected = (x @ w + b) * torch.exp((x @ w + b) * -0.01)
+    for ways, blocks in ((0, 4), (1, 2), (2, 3), (8, 3)):
+        schedule = tuning.rewrite_product(Schedule(product), ways)
+        script = schedule.mod.script()
+        assert script.count("with T.sblock(") == blocks + 1 and ("matmul_rf" in script) == (ways > 1)
+        output = torch.empty(32, 64)
+        tvm.compile(schedule.mod, target="llvm")["main"](*map(tvm.runtime.from_dlpack, (x, w, b, output)))
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_rewriting_has_design_spaces_for_cuda(product):
+    import tvm
+
+    target = {"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024}
+    target |= {"max_shared_memory_per_block": 49152, "thread_warp_size": 32}
+    arguments = tvm.ir.save_json(product), json.dumps(target)
+    design = tuning.Design(*arguments)
+    assert sorted(set(design.ways)) == [0, 1, 2] and all(design.operands)
+    found = tuning.search(*arguments, [], [], 16, 1)
+    assert {design.ways[space] for space, _, _ in found} == {0, 1, 2}
+    for space, decisions, _ in found:
+        schedule, taken = design.realize(space, decisions)
+        assert taken == decisions and design.accepts(space, decisions)
+        assert design.ways[space] < 2 or decisions[0] == [2, 1, 1, 1, 1]
+        kernels = schedule.mod.script().count('thread="blockIdx.x"')
+        assert kernels == {0: 2, 1: 1, 2: 2}[design.ways[space]]
 
 
 class Parts(torch.nn.Module):
