@@ -3,6 +3,9 @@
 import functools
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -157,6 +160,36 @@ def test_peak_memory_of_known_weights(command, write_model, tmp_path):
         # is half of the difference.
         factor = 1.5 if item == "tvm" else 1
         assert large[item] - small[item] == pytest.approx(factor * (large_mib - small_mib), rel=0.03)
+
+
+# ---- TVM's own tuner ------------------------------------------------------------------------------------------------
+
+
+def test_tuner_against_the_stock_one(command, tmp_path):
+    """Trials a second over two minutes of ResNet-50, each from an empty directory; failed ones count for both."""
+    limit_s = 120
+    tune = ["--tuning-dir", tmp_path, "--tune-minutes", limit_s / 60]
+    row = rows_of(command, tmp_path / "rows.csv", "--test-items", "tvm_tune", *tune)["tvm_tune"]
+    ours = int(row["tune_trials"]) / float(row["tune_time_s"])
+
+    stock = [sys.executable, str(ROOT / "tests" / "stock_tuner.py")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(stock, stdout=file, stderr=file, env=environment, start_new_session=True) as process,
+    ):
+        while "tuning\n" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        time.sleep(limit_s)
+        os.killpg(process.pid, signal.SIGKILL)
+    sent = [int(count) for count in re.findall(r"Sending (\d+) sample\(s\) to builder", log.read_text())]
+    theirs = sum(sent[:-1]) / limit_s  # the last batch was not measured
+    print(f"\ntrials a second: tvm_tune {ours:.1f}, TVM's own tuner {theirs:.2f}")
+    assert sent and ours > 5 * theirs
+    if len(os.sched_getaffinity(0)) >= 16:
+        assert ours >= 5
 
 
 # ---- The founding README's mistakes ---------------------------------------------------------------------------------
