@@ -732,7 +732,8 @@ def import_to_relax(exported):
 
     Type promotion: the logarithm of an integer tensor is refused, a sum of booleans and integers breaks the code
     generator. PyTorch's own pass for its ONNX exporter makes the casts explicit. Negative indices of select(), as in
-    hidden[:, -1]: the kernel would read in front of the tensor.
+    hidden[:, -1]: the kernel would read in front of the tensor. Negative axes of squeeze(): ConvertLayout, which
+    tvm_tune uses, runs out of memory. any() of a whole tensor, by which T5 sees overflow in fp16, is not known to it.
     """
     from torch.onnx._internal.fx.passes import InsertTypePromotion
     from tvm import relax
@@ -742,16 +743,23 @@ def import_to_relax(exported):
         dtype = str(node.kwargs["dtype"]).removeprefix("torch.")
         return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], dtype))
 
+    def any_of_all(node, importer):
+        largest = relax.op.max(relax.op.astype(importer.env[node.args[0]], "int32"))
+        return importer.block_builder.emit(relax.op.astype(largest, "bool"))
+
     InsertTypePromotion(exported.graph_module).run()
     for node in exported.graph.nodes:
         if node.target == torch.ops.aten.select.int and node.args[2] < 0:
             source, dim, index = node.args
             node.args = (source, dim, index + source.meta["val"].shape[dim])
+        elif node.target == torch.ops.aten.squeeze.dims:
+            source, dims = node.args
+            node.args = (source, [dim % source.meta["val"].ndim for dim in dims])
     with products_in_input_dtype():
         module = from_exported_program(
             exported,
             keep_params_as_input=True,
-            custom_convert_map={"convert_element_type.default": convert_element_type},
+            custom_convert_map={"convert_element_type.default": convert_element_type, "any.default": any_of_all},
             run_ep_decomposition=False,
         )
     module, weights = relax.frontend.detach_params(module)

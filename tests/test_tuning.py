@@ -331,3 +331,23 @@ def test_simplifying_the_graph_changes_no_result():
     assert sum("batch_norm" in call for call in calls) == 1
     product, activation = (next(i for i, c in enumerate(calls) if name in c) for name in ("addmm", "gelu"))
     assert activation == product + 1
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.convolution(x).mean((-1, -2), keepdim=True).squeeze(-2)
+
+
+@torch.no_grad()
+def test_convolutions_become_channels_last_before_a_squeeze():
+    """With an axis counted from the end TVM's pass would run out of memory, as it does on Swin."""
+    benchmark.import_tvm("fp32")
+    import tvm
+
+    exported = benchmark.export_for_tvm(Pooled(), {"x": torch.randn(1, 3, 8, 8)})
+    module, _ = benchmark.tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
+    assert "conv2d_nhwc" in module.script()
