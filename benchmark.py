@@ -470,6 +470,7 @@ def load_model(case):
     model.eval().requires_grad_(False)
     if case.weights == "random":
         keep_signal_size(model, make_inputs(dataclasses.replace(case, batch_size=1)))
+        model.train().eval()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
     return model
 
 

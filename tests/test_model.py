@@ -250,3 +250,13 @@ def test_builtin_architectures():
     of_llama = benchmark.describe_weights("meta-llama/Llama-3.2-1B", configs["meta-llama/Llama-3.2-1B"], "random")
     assert of_llama == "random, 4 of 16 layers"
     assert benchmark.describe_weights("microsoft/resnet-50", configs["microsoft/resnet-50"], "random") == "random"
+
+
+@torch.no_grad()
+def test_making_random_weights_leaves_nothing_behind_in_fp32():
+    """LeViT keeps its attention biases from the first run in evaluation mode."""
+    fields = {"hidden_sizes": [16, 24, 32], "depths": [1, 1, 1], "num_attention_heads": [2, 2, 2], "image_size": 64}
+    fields |= {"key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]]}
+    case = make_case(benchmark.CONFIG_MAPPING["levit"](**fields))
+    model, inputs = benchmark.load_on_device(case, torch.float16)
+    assert model(**inputs).logits.dtype == torch.float16

@@ -59,7 +59,7 @@ def test_weights_and_inputs_are_bound_once_and_inputs_are_shared(tvm):
 
 
 def test_what_is_rewritten_before_the_import(tvm):
-    """What TVM's importer refuses or gets wrong: logarithms of integers, booleans plus integers, a last index, any()."""
+    """What TVM's importer refuses or gets wrong: logarithms of integers, booleans plus integers, index -1, any()."""
 
     class Awkward(torch.nn.Module):
         main_input_name = "pixel_values"
