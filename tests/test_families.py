@@ -24,10 +24,9 @@ IMAGES, TOKENS = "pixel_values=2x3x32x32", "input_ids=2x16 attention_mask=2x16"
 # model_type -> (the config's other fields, further options, the inputs that must be fed)
 FAMILIES = {
     "vit": (VISION, [], IMAGES),
-    "bert": (TEXT, [], TOKENS),
+    "bert": (TEXT, ["--task", "text-classification"], TOKENS),
     "roberta": ({**TEXT, "max_position_embeddings": 14, "pad_token_id": 1}, [], TOKENS.replace("16", "12")),
     "deberta-v2": ({**TEXT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c"]}, [], TOKENS),
-    "electra": ({**TEXT, "embedding_size": 32}, ["--task", "text-classification"], TOKENS),
     "llama": ({**TEXT, "num_key_value_heads": 1, "eos_token_id": [2, 5]}, [], TOKENS),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98}, [], TOKENS),
     "t5": (

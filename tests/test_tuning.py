@@ -27,7 +27,7 @@ class Tuned:
         self.directory = directory
         (directory / "model").mkdir()
         (directory / "model" / "config.json").write_text(json.dumps(ONE_BLOCK))
-        running = self.start("--test-items", "tvm_tune", "--tune-trials", "6")
+        running = self.start("--test-items", "tvm_tune", "--tune-trials", "4")
         deadline = time.monotonic() + 120
         while len(self.journal()) < 20 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -36,7 +36,7 @@ class Tuned:
         time.sleep(1)
         self.processes = [line for line in process_list() if str(directory) in line]
         self.before = self.journal()
-        self.done = self.run("--test-items", "tvm", "tvm_tune", "--tune-trials", "6")
+        self.done = self.run("--test-items", "tvm", "tvm_tune", "--tune-trials", "4")
 
     def start(self, *options):
         return subprocess.Popen(
