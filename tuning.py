@@ -245,7 +245,9 @@ class Design:
             self.ways += [ways] * len(traces)
         self.samplings = [sampling_instructions(trace) for trace in self.spaces]
         self.tensor_cores = [any(inst.kind.name == "Blockize" for inst in trace.insts) for trace in self.spaces]
-        self.choices = [[find_choice(trace, inst) for inst in sampling_instructions(trace)] for trace in self.spaces]
+        self.choices = [
+            [find_choice(trace, inst) for inst in insts] for trace, insts in zip(self.spaces, self.samplings)
+        ]
         for ways, tensor_cores, choices in zip(self.ways, self.tensor_cores, self.choices):
             if ways > 1 and not tensor_cores and isinstance(choices[0], Tile):
                 choices[0] = choices[0]._replace(whole=True)  # a block has one part of the sum
@@ -465,7 +467,8 @@ def search(module, target, trials, relatives, count, seed):
     """
     task, rng = design(module, target), random.Random(seed)
     known = {candidate_key(space, decisions) for space, decisions, _, _ in trials}
-    parents = [sorted((t for t in trials if t[2] and t[0] == i), key=lambda t: t[2]) for i in range(len(task.spaces))]
+    ranked = sorted((trial for trial in trials if trial[2]), key=lambda trial: trial[2])
+    parents = [[trial[1] for trial in ranked if trial[0] == i][:PARENTS] for i in range(len(task.spaces))]
     population = []
 
     def add(space, decisions):
@@ -485,21 +488,20 @@ def search(module, target, trials, relatives, count, seed):
     borrowed = list(range(len(population)))[:count]
 
     open_spaces = find_open_spaces(len(task.spaces), trials)
-    turn = collections.deque(open_spaces)
+    to_draw_from = collections.deque(open_spaces)
     for _ in range(4 * POPULATION):
-        if len(population) >= POPULATION or not turn:
+        if len(population) >= POPULATION or not to_draw_from:
             break
-        space = turn.popleft()
+        space = to_draw_from.popleft()
         for _ in range(DRAWS):
             if parents[space] and rng.random() > RANDOM_SHARE:
-                best = parents[space][:PARENTS]
-                parent = best[min(int(rng.expovariate(0.5)), len(best) - 1)]
-                decisions = mutate(task.choices[space], parent[1], rng)
+                parent = parents[space][min(int(rng.expovariate(0.5)), len(parents[space]) - 1)]
+                decisions = mutate(task.choices[space], parent, rng)
             else:
                 decisions = random_decisions(task.choices[space], rng)
             if task.fits(space, decisions) and candidate_key(space, decisions) not in known:
                 add(space, decisions)
-                turn.append(space)  # not where nothing new can be drawn
+                to_draw_from.append(space)  # not where nothing new can be drawn
                 break
     scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
     favourites = sorted(range(len(borrowed), len(population)), key=lambda i: -scores[i])
@@ -889,10 +891,8 @@ def apply_database(module, target, database):
     with target, ScheduleFnDatabase(schedule_by_record), tvm.transform.PassContext(opt_level=3):
         module = relax.transform.MetaScheduleApplyDatabase()(module)
     if used != records.keys():
-        unused = (
-            f"{len(records) - len(used)} of {len(records)} records fit no kernel of the model as it is exported here"
-        )
-        raise DatabaseError(f"{unused}; delete the database to tune anew")
+        unfit = f"{len(records) - len(used)} of {len(records)} records fit no kernel of the model"
+        raise DatabaseError(f"{unfit} as it is exported here; delete the database to tune anew")
     return default_schedule(module, target)
 
 
@@ -928,7 +928,8 @@ class Progress:
 
     @property
     def best_s(self):
-        return min(self.default_s or math.inf, self.best[2] if self.best else math.inf)
+        best = self.best
+        return min(self.default_s or math.inf, best[2] if best else math.inf)
 
     def end_of_round(self):
         if math.isfinite(self.best_s):
