@@ -108,6 +108,7 @@ class Case:
     device_name: str
     tuning_dir: Path  # of the databases of all devices
     iterations: int | None  # None: as many as the time budget gives
+    made_weights: str | None = None  # file in memory: random weights, made by the first process that needs them
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -463,14 +464,20 @@ def load_model(case):
     torch.manual_seed(SEED)  # random weights, and a head that a checkpoint may lack
     for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
         config.return_dict, config.use_cache = True, False
+    from_pretrained = functools.partial(case.model_class.from_pretrained, dtype=torch.float32)
     if case.weights == "pretrained":
-        model = case.model_class.from_pretrained(case.weights_dir, dtype=torch.float32, use_safetensors=True)
-    else:
-        model = case.model_class(case.config).float()
-    model.eval().requires_grad_(False)
-    if case.weights == "random":
-        keep_signal_size(model, make_inputs(dataclasses.replace(case, batch_size=1)))
-        model.train().eval()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
+        return from_pretrained(case.weights_dir, use_safetensors=True).eval().requires_grad_(False)
+    if case.made_weights and os.path.getsize(case.made_weights):
+        made = torch.load(case.made_weights, mmap=True, weights_only=True)
+        if case.device == "cpu":  # nothing is computed on pages of a mapped file
+            made = {name: tensor.clone() for name, tensor in made.items()}
+        return from_pretrained(None, config=case.config, state_dict=made).eval().requires_grad_(False)
+    model = case.model_class(case.config).float().eval().requires_grad_(False)
+    keep_signal_size(model, make_inputs(dataclasses.replace(case, batch_size=1)))
+    model.train().eval()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
+    if case.made_weights:
+        torch.serialization.set_crc32_options(False)  # most of the time of writing gigabytes
+        torch.save(model.state_dict(), case.made_weights)
     return model
 
 
@@ -1545,6 +1552,8 @@ def benchmark(args):
 
             return process.result(message, timeout_s=timeout_s, on_stage=show)
 
+        made_weights = os.memfd_create("random weights")  # before the forks, so that every process has it
+        stack.callback(os.close, made_weights)
         items = {name: stack.enter_context(isolated(run_item, name, args.precision)) for name in args.test_items}
         with isolated(describe_device, args.device) as process:
             try:
@@ -1565,6 +1574,7 @@ def benchmark(args):
             device_name=device["device_name"],
             tuning_dir=args.tuning_dir,
             iterations=args.iterations,
+            made_weights=f"/proc/self/fd/{made_weights}",
         )
         try:
             shapes = describe_shapes(case)
