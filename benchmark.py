@@ -804,6 +804,7 @@ def import_tvm(precision):
 
     Where CUDA comes from pip alone, TVM and NVRTC are pointed at the wheels' library and headers.
     """
+    from cuda.bindings import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
 
     with contextlib.suppress(RuntimeError):  # a system-wide CUDA is found by the dynamic linker
@@ -818,6 +819,7 @@ def import_tvm(precision):
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
+    nvrtc.nvrtcCompileProgram = functools.partial(compile_without_fast_math, nvrtc.nvrtcCompileProgram)
     if PRECISIONS[precision][0] != torch.float32:
         # The schedules for tensor cores, which TVM would import while it compiles. It asks for the call stack hundreds
         # of times here, and each time inspect looks for the source text of every frame: minutes in a process that has
@@ -871,6 +873,15 @@ def compile_kernels(source):
     nvjitlink.get_linked_cubin(linker, linked)
     nvjitlink.destroy(linker)
     return linked
+
+
+def compile_without_fast_math(compile_program, program, _, options):
+    """NVRTC's compile call without the --use_fast_math that TVM always adds, which is not fp32 arithmetic.
+
+    By it a power is 2^(y log2 x), NaN for every negative x (GPT-2's x**3, Llama's x**2), and a tanh has 11 bits.
+    """
+    options = [option for option in options if option != b"--use_fast_math"]
+    return compile_program(program, len(options), options)
 
 
 def import_inductor(precision):

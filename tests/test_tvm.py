@@ -46,6 +46,16 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
     assert all(kernel.encode() in cubin for kernel in kernels)
 
 
+def test_kernels_compute_as_fp32_does(tvm):
+    """Not with the approximations of --use_fast_math, by which a negative number's square is NaN."""
+    from tvm.support import nvcc
+
+    kernel = 'extern "C" __global__ void kernel(float* x) { *x = powf(*x, 2.0f) + tanhf(*x) / *x + sqrtf(*x); }'
+    ptx = bytes(nvcc.compile_cuda(kernel, target_format="ptx", arch="sm_90")).decode()
+    assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+    assert not re.search(r"(tanh|lg2|div|sqrt)\.approx", ptx)
+
+
 def test_weights_and_inputs_are_bound_once_and_inputs_are_shared(tvm):
     """A change of the input tensor in place is seen by the next call: nothing was copied, nothing is passed again."""
     config = benchmark.CONFIG_MAPPING["resnet"](**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
