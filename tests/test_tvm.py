@@ -84,11 +84,36 @@ def test_what_is_rewritten_before_the_import(tvm):
     assert benchmark.relative_error(benchmark.output_arrays(run()), [Awkward()(**inputs).numpy()]) < 1e-6
 
 
+def test_an_if_on_values_is_exported(tvm):
+    """As in BART, which clamps what overflows in fp16."""
+
+    class Clamped(torch.nn.Module):
+        def forward(self, pixel_values):
+            if not torch.isfinite(pixel_values).all():
+                pixel_values = pixel_values.clamp(-9, 9)
+            return pixel_values * 2
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Clamped(), inputs, make_case(benchmark.CONFIG_MAPPING["resnet"]()))
+    assert benchmark.relative_error(benchmark.output_arrays(run()), [2 * inputs["pixel_values"].numpy()]) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_products_keep_their_dtype(tvm, dtype):
-    """A convolution and a matrix product with a bias, which TVM's importer leaves in fp32 and then cannot add."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 4)).to(dtype)
-    inputs = {"input": torch.randn(2, 3, 4, 4).to(dtype)}
+def test_half_precision_operators_keep_their_dtype(tvm, dtype):
+    """A bias behind a convolution and a matrix product, and a gate on what BatchNorm gives, in one dtype."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+            self.gate, self.linear = torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(32, 4)
+
+        def forward(self, pixel_values):
+            features = self.norm(self.convolution(pixel_values))
+            return self.linear((features * self.gate(features).sigmoid()).flatten(1))
+
+    model = Gated().eval().to(dtype)
+    inputs = {"pixel_values": torch.randn(2, 3, 4, 4).to(dtype)}
     with torch.no_grad():
         run = benchmark.tvm_default(model, inputs, make_case(benchmark.CONFIG_MAPPING["resnet"]()))
         (output,) = run()
