@@ -215,7 +215,7 @@ SMALL = {
         ("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}),
         ("mobilenet_v2", {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10}),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 98}),
-        ("t5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
+        ("t5", {"d_model": 64, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
     ],
 )
 def test_random_weights_keep_the_signal(model_type, fields, tmp_path):
@@ -229,6 +229,7 @@ def test_random_weights_keep_the_signal(model_type, fields, tmp_path):
     for again in (benchmark.load_model(case), benchmark.load_model(make_case(config))):  # kept, and made anew
         assert benchmark.relative_error(benchmark.output_arrays(again(**inputs)), reference) == 0
     assert 0.1 < reference[0].std() < 10
+    assert benchmark.growth_of_a_change(model, inputs) <= benchmark.STEADY
     for layer in model.modules():
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
             weight = layer.weight.clone()
