@@ -1360,6 +1360,9 @@ def measure_item(build, compiles, case, dtype, reference, turn):
     }
 
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 class ItemError(Exception):
     """Why an isolated call gave no result, in one line."""
 
@@ -1373,6 +1376,7 @@ class Isolated:
     """
 
     def __init__(self, function, *args, verbose):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they would leave a process that nobody knows
         self.scratch = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
@@ -1380,6 +1384,11 @@ class Isolated:
         self.process = context.Process(target=isolated_main, args=target_args)
         self.process.start()
         theirs.close()
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        except BaseException:  # what the handler of one that came meanwhile raises
+            self.__exit__()
+            raise
 
     def __enter__(self):
         return self
@@ -1443,8 +1452,9 @@ class Turn:
 
 def isolated_main(function, args, connection, scratch, verbose, parent):
     os.setsid()  # a group that can be killed as a whole; Ctrl-C reaches the parent alone, which does that
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives a parent that was killed
     if os.getppid() != parent:
         os._exit(1)
@@ -1714,7 +1724,7 @@ def benchmark(args):
 
 def stop(number, _):
     """End as an exception does, so that `with` kills the children, and let no second signal interrupt that."""
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for other in STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + number)
 
