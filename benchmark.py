@@ -463,27 +463,34 @@ def find_model_class(name, config, task=None):
 
 def load_model(case):
     """-> the model of the case: fp32, on the CPU, in evaluation mode, without gradients."""
-    torch.manual_seed(SEED)  # random weights, and a head that a checkpoint may lack
     for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
         config.return_dict, config.use_cache = True, False
     from_pretrained = functools.partial(case.model_class.from_pretrained, dtype=torch.float32)
+    torch.manual_seed(SEED)  # a head that a checkpoint may lack
     if case.weights == "pretrained":
-        return from_pretrained(case.weights_dir, use_safetensors=True).eval().requires_grad_(False)
-    if case.made_weights and os.path.getsize(case.made_weights):
+        model = from_pretrained(case.weights_dir, use_safetensors=True)
+    elif case.made_weights and os.path.getsize(case.made_weights):
         made = torch.load(case.made_weights, mmap=True, weights_only=True)
         if case.device == "cpu":  # nothing is computed on pages of a mapped file
             made = {name: tensor.clone() for name, tensor in made.items()}
-        return from_pretrained(None, config=case.config, state_dict=made).eval().requires_grad_(False)
+        model = from_pretrained(None, config=case.config, state_dict=made)
+    else:
+        model = make_random_model(case)
+        if case.made_weights:
+            torch.serialization.set_crc32_options(False)  # most of the time of writing gigabytes
+            torch.save(model.state_dict(), case.made_weights)
+    return model.eval().requires_grad_(False)
+
+
+def make_random_model(case):
+    """-> the case's model with seeded random weights that keep the signal's size and small changes small."""
+    inputs = make_inputs(dataclasses.replace(case, batch_size=1))
     for least in (1, 1 / 16):
         torch.manual_seed(SEED)
         model = case.model_class(case.config).float().eval().requires_grad_(False)
-        if keep_signal_size(model, make_inputs(dataclasses.replace(case, batch_size=1)), least) <= STEADY:
+        if keep_signal_size(model, inputs, least) <= STEADY:
             break
-    model.train().eval()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
-    if case.made_weights:
-        torch.serialization.set_crc32_options(False)  # most of the time of writing gigabytes
-        torch.save(model.state_dict(), case.made_weights)
-    return model
+    return model.train()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
 
 
 @torch.no_grad()
@@ -496,7 +503,7 @@ def keep_signal_size(model, inputs, least):
     (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
     (Mishkin and Matas, arXiv:1511.06422) in one forward pass. Parameters that start as a constant (biases, norm and
     layer scales) get some noise, so that no operation on them is the identity. Some layers are small for a reason: T5
-    has small queries instead of a 1/sqrt(d), and with larger ones its softmax makes rounding errors 200 times larger.
+    has small queries instead of a 1/sqrt(d), and with larger ones its softmax makes small changes 200 times larger.
 
     BatchNorm gets statistics of what it is fed, as training would give it: without, the channels' means can drown what
     comes from the input. But taking the whole mean away makes some networks blow up rounding errors layer by layer
