@@ -908,7 +908,7 @@ def compile_kernels(source):
     from cuda.bindings import nvjitlink
     from tvm.support import nvcc
 
-    preamble, *kernels = re.split(r'(?=^extern "C" __global__)', source, flags=re.MULTILINE)
+    preamble, *kernels = re.split(r'(?=^extern "C" __global__)', without_type_traits(source), flags=re.MULTILINE)
     # Helpers of fp16 arithmetic, which every program gets: without `static` the linker would meet each many times.
     preamble = re.sub(r"^(?=(__host__ )?__device__ )", "static ", preamble, flags=re.MULTILINE)
     version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
@@ -927,6 +927,23 @@ def compile_kernels(source):
     nvjitlink.get_linked_cubin(linker, linked)
     nvjitlink.destroy(linker)
     return linked
+
+
+def compile_candidate(source):
+    """The same for one kernel in one process: a tuner has a core for each candidate, not for each kernel of a model."""
+    from tvm.support import nvcc
+
+    return nvcc.compile_cuda(without_type_traits(source), target_format="cubin")
+
+
+def without_type_traits(source):
+    """-> the same CUDA C++ without <cuda/std/type_traits>, which TVM always includes, where nothing in it is used.
+
+    NVRTC takes over a second for that header, more than for most kernels.
+    """
+    pattern = r"^ *#include <cuda/std/type_traits>\n *namespace std {.*?^ *}\n"
+    without = re.sub(pattern, "", source, flags=re.MULTILINE | re.DOTALL)
+    return source if re.search(r"(?<!cuda::)\bstd::", without) else without
 
 
 def compile_without_fast_math(compile_program, program, _, options):
@@ -998,10 +1015,8 @@ def tune_case(case, asked_trials, limit_s, turn):
     import_tvm_for_tuning(case.precision)
     importlib.import_module("xgboost")
     import tvm_ffi
-    from tvm.support import nvcc
 
-    # Back to TVM's own: compile_kernels() has a core for each kernel of a model, here a core has a candidate.
-    tvm_ffi.register_global_func("tvm_callback_cuda_compile", nvcc.tvm_callback_cuda_compile, override=True)
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_candidate, override=True)
     turn.report("looking for kernels")
     target = tuning.call(MAKE_TASKS_TIMEOUT_S, tuning.find_target, case.device)
     tasks = tuning.call(MAKE_TASKS_TIMEOUT_S, make_tasks, case, target)

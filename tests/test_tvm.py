@@ -41,9 +41,14 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
     kernels = set(re.findall(r"(\w+_kernel)\(", source))
     assert len(kernels) > 5 and ("half* __restrict__" in source) == (precision == "fp16")
     with target:
-        cubin = bytes(benchmark.compile_kernels(source))
-    assert cubin.startswith(b"\x7fELF")
-    assert all(kernel.encode() in cubin for kernel in kernels)
+        cubins = [bytes(compiled(source)) for compiled in (benchmark.compile_kernels, benchmark.compile_candidate)]
+    for cubin in cubins:
+        assert cubin.startswith(b"\x7fELF")
+        assert all(kernel.encode() in cubin for kernel in kernels)
+    header = "cuda/std/type_traits"
+    assert header in source and header not in benchmark.without_type_traits(source)
+    using = source + "static_assert(std::is_signed<int>::value);"
+    assert benchmark.without_type_traits(using) == using
 
 
 def test_kernels_compute_as_fp32_does(tvm):
