@@ -156,7 +156,7 @@ def test_ctrl_c_keeps_the_rows_that_ended(broken_items, write_model, tmp_path):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not results.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)  # the item that hangs has its turn now

@@ -230,7 +230,7 @@ def test_interrupt_leaves_nothing_behind(write_model, tmp_path, to_group, jobs):
     assert not any(str(tmp_path) in line for line in process_list())
 
 
-@pytest.mark.timeout(60 + 30 * KILLS)
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_kills_lose_and_double_nothing(write_model, tmp_path):
     """kill -9 of a random process of the sweep, again and again; then the rows are complete and each is there once."""
     generator = random.Random(0)
