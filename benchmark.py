@@ -452,13 +452,21 @@ def find_model_class(name, config, task=None):
     else:
         candidates = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
         for mapping in (*(f"MODEL_FOR_{head}_MAPPING" for head in DEFAULT_HEADS), "MODEL_MAPPING"):
-            candidates.append(getattr(modeling_auto, mapping).get(type(config), None))
+            with contextlib.suppress(ValueError):  # the library's table names a class that the library does not have
+                candidates.append(getattr(modeling_auto, mapping).get(type(config), None))
     for model_class in candidates:
         if model_class is not None:
             # Some families map to several classes that share a configuration: the first is the plain one.
-            return model_class[0] if isinstance(model_class, (list, tuple)) else model_class
-    what = f"with a head for --task {task}" if task else "of its own"
-    raise UserError(f"{name}: transformers has no model class {what} for {type(config).__name__}")
+            model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
+            try:
+                model_class.forward  # refused where a library that the family needs is missing
+            except ImportError as error:
+                raise UserError(f"{name}: {one_line(error)}") from None
+            return model_class
+    family = type(config).__name__
+    if task:
+        raise UserError(f"{name}: transformers has no model class with a head for --task {task} for {family}")
+    raise UserError(f"{name}: its config names no model class of transformers, and {family} has no usual one")
 
 
 def load_model(case):

@@ -281,6 +281,8 @@ def test_cuda_where_there_is_none(capsys, tmp_path, monkeypatch):
         ({"model_type": "from-next-year"}, "a newer one may"),
         ({"model_type": "theirs", "auto_map": {"AutoModel": "modeling.Theirs"}}, "never run"),
         ({"model_type": "time_series_transformer", "prediction_length": 4}, "past_values"),
+        ({"model_type": "upernet"}, "no model class"),
+        ({"model_type": "voxtral_realtime_text"}, "no model class"),  # transformers' table names one that is not there
         ({**TINY_RESNET, "layer_type": "none"}, "layer_type"),
     ],
 )
@@ -302,10 +304,10 @@ def test_task_that_cannot_be_run(model_type, task, says, write_model, capsys, tm
     assert_refused(arguments, says, capsys)
 
 
-def test_family_whose_library_is_missing(write_model, capsys, tmp_path):
-    directory = write_model({"model_type": "dinat", "architectures": ["DinatForImageClassification"]})
-    arguments = ["--model", directory, "--weights", "random", "--results", tmp_path / "rows.csv"]
-    assert_refused(arguments, "natten", capsys)
+@pytest.mark.parametrize("model_type, library", [("dinat", "natten"), ("higgs_audio_v2_tokenizer", "torchaudio")])
+def test_family_whose_library_is_missing(model_type, library, write_model, capsys, tmp_path):
+    arguments = ["--model", write_model({"model_type": model_type}), "--weights", "random"]
+    assert_refused([*arguments, "--results", tmp_path / "rows.csv"], library, capsys)
 
 
 def test_pickled_weights_are_never_opened(write_model, capsys, tmp_path):
