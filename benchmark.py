@@ -518,6 +518,8 @@ def keep_signal_size(model, inputs, least):
     (Yang et al., arXiv:1902.08129), more than trained ones do: as much of it goes as leaves small changes small.
     """
     for parameter in model.parameters():
+        if not parameter.numel():  # DINOv3's register tokens where it has none
+            continue
         constant = parameter.flatten()[0].item()
         if constant == 0 and not parameter.any():
             parameter.normal_(0, 0.02)

@@ -213,6 +213,7 @@ SMALL = {
             },
         ),
         ("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}),
+        ("dinov3_vit", SMALL),  # has a parameter without elements
         ("mobilenet_v2", {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10}),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 98}),
         ("t5", {"d_model": 64, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
