@@ -650,7 +650,8 @@ def describe_shapes(case):
 def token_count(case, config):
     """-> --seq-len, capped by the positions that the model has."""
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    positions = min((getattr(config, name) for name in names if getattr(config, name, None)), default=case.seq_len)
+    limits = [getattr(config, name, None) or 0 for name in names]
+    positions = min((limit for limit in limits if limit > 0), default=case.seq_len)  # XLNet's -1: as many as one likes
     # RoBERTa's kin count positions from behind the padding id; the library does so in a function of this name.
     source = inspect.getsource(inspect.getmodule(case.model_class))
     if "create_position_ids_from_input_ids" in source:

@@ -184,6 +184,12 @@ def test_built_in_architectures_are_those_of_the_checkpoints(name, millions, pix
         assert config.num_labels == 1000
 
 
+def test_negative_positions_are_no_limit():
+    case = make_case(benchmark.CONFIG_MAPPING["xlnet"](n_layer=1))
+    assert case.config.max_position_embeddings == -1
+    assert benchmark.input_shapes(case)["input_ids"] == (1, case.seq_len)
+
+
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 6,
