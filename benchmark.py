@@ -950,7 +950,7 @@ def compile_candidate(source):
 def without_type_traits(source):
     """-> the same CUDA C++ without <cuda/std/type_traits>, which TVM always includes, where nothing in it is used.
 
-    NVRTC takes over a second for that header, more than for most kernels.
+    NVRTC takes about a second for that header, more than for most kernels.
     """
     pattern = r"^ *#include <cuda/std/type_traits>\n *namespace std {.*?^ *}\n"
     without = re.sub(pattern, "", source, flags=re.MULTILINE | re.DOTALL)

@@ -43,7 +43,8 @@ class Tuned:
             [sys.executable, str(ROOT / "benchmark.py"), "--model", "model", "--weights", "random"]
             + ["--results", "rows.csv", "--tuning-dir", "tuning", *options],
             cwd=self.directory,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # One thread: of two, one would wait where the tests beside this one have its core.
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TVM_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,8 +76,7 @@ def test_a_killed_run_goes_on_and_tuning_pays(tuned):
     assert tuned.done.returncode == 0, tuned.done.stdout + tuned.done.stderr
     untuned, row = read_csv(tuned.directory / "rows.csv")
     assert row["status"] == "ok" and float(row["rel_error"]) < 1e-5
-    # The fastest run of thousands: the tests beside this one have taken a core from many others.
-    assert float(row["infer_time_min_ms"]) < 0.7 * float(untuned["infer_time_min_ms"])
+    assert float(row["infer_time_median_ms"]) < 0.7 * float(untuned["infer_time_median_ms"])
     journal = tuned.journal()
     assert journal[: len(tuned.before)] == tuned.before
     trials = [line for line in map(json.loads, journal) if "space" in line]
