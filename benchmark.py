@@ -802,7 +802,10 @@ def import_to_relax(exported):
         return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], dtype))
 
     def any_of_all(node, importer):
-        largest = relax.op.max(relax.op.astype(importer.env[node.args[0]], "int32"))
+        # Axis by axis: TVM's default schedule gives a reduction to a scalar one thread of the GPU.
+        largest = relax.op.astype(importer.env[node.args[0]], "int32")
+        for _ in node.args[0].meta["val"].shape:
+            largest = importer.block_builder.emit(relax.op.max(largest, axis=-1))
         return importer.block_builder.emit(relax.op.astype(largest, "bool"))
 
     InsertTypePromotion(exported.graph_module).run()
