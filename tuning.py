@@ -66,8 +66,7 @@ class WrongOutput(Exception):
 def simplify(exported):
     """Rewrite a decomposed ExportedProgram in place so that there is less to run and more to fuse.
 
-    BatchNorm goes into the weights of the convolution before it. Pointwise operators with one input move in front of a
-    view: in a Transformer, whose Linear layers see (tokens, features), they then fuse with the matrix product.
+    BatchNorm goes into the weights of the convolution before it, and pointwise operators behind matrix products.
     """
     aten, graph, signature = torch.ops.aten, exported.graph, exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -104,30 +103,92 @@ def simplify(exported):
             graph.erase_node(output)
         graph.erase_node(norm)
 
-    view = aten.view.default
-    for node in list(graph.nodes):
-        if node.op != "call_function" or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
-            continue
-        moved = node.args[0] if len(node.all_input_nodes) == 1 else None
-        if getattr(moved, "target", None) != view or len(moved.users) != 1:
-            continue
-        value = node.meta["val"]
-        node.replace_input_with(moved, moved.args[0])
-        node.meta["val"] = value.view(moved.args[0].meta["val"].shape)
-        with graph.inserting_after(node):
-            after = graph.call_function(view, (node, moved.args[1]))
-        after.meta["val"] = value
-        node.replace_all_uses_with(after, lambda user, after=after: user is not after)
-        graph.erase_node(moved)
-    for node in graph.find_nodes(op="call_function", target=view):
+    for clone in graph.find_nodes(op="call_function", target=aten.clone.default):
+        if not clone.kwargs:  # not for another order in memory: dropout, which does nothing at inference
+            clone.replace_all_uses_with(clone.args[0])
+            graph.erase_node(clone)
+    move_behind_products(graph)
+    views = graph.find_nodes(op="call_function", target=aten.view.default)
+    for node in views:
         source = node.args[0]
-        if source.target == view:
+        if source in views:
             node.replace_input_with(source, source.args[0])
             source = source.args[0]
         if source.meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(source)
+        node.target = aten.reshape.default  # what it reads may have another order in memory now
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
+
+
+def move_behind_products(graph):
+    """Move pointwise operators in front of the view or permutation that stands between them and a matrix product.
+
+    A Linear layer's product has the shape (tokens, features). Bias, activation, layer scale and residual then fuse with
+    it. What else they read is brought into the product's form, where that costs nothing.
+    """
+    aten = torch.ops.aten
+    view, permute = aten.view.default, aten.permute.default
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+    behind = {node for product in products for node in graph.find_nodes(op="call_function", target=product)}
+
+    def form(node):
+        return node.meta["val"].shape
+
+    def bring_back(other, moved):
+        """-> `other` in the form that `moved` had before it, None where that would cost something."""
+        source, given = moved.args
+        if other.meta["val"].numel() == 1:
+            return other
+        if moved.target == view and form(other) == form(source)[-1:] == form(moved)[-1:]:
+            return other
+        if form(other) != form(moved):
+            return None
+        if other.target == moved.target and form(other.args[0]) == form(source) and other.args[1] == given:
+            return other.args[0]
+        if moved.target == view and other.meta["val"].is_contiguous():
+            arguments, value = list(form(source)), other.meta["val"].view(form(source))
+        elif moved.target == permute and other.target == aten.convolution.default:  # channels-last soon, as `source` is
+            arguments = [given.index(axis) for axis in range(len(given))]
+            value = other.meta["val"].permute(arguments).contiguous()
+        else:
+            return None
+        with graph.inserting_after(other):
+            brought = graph.call_function(moved.target, (other, arguments))
+        brought.meta["val"] = value
+        return brought
+
+    def move(node):
+        """-> whether `node` was moved in front of one of its operands."""
+        for moved in node.all_input_nodes:
+            if moved.target not in (view, permute) or len(moved.users) != 1 or moved.args[0] not in behind:
+                continue
+            others = [other for other in node.all_input_nodes if other is not moved]
+            brought = [bring_back(other, moved) for other in others] if form(node) == form(moved) else [None]
+            if None in brought:
+                continue
+            for other, as_before in zip(others, brought):
+                node.replace_input_with(other, as_before)
+            source, value = moved.args[0], node.meta["val"]
+            node.replace_input_with(moved, source)
+            node.meta["val"] = value.new_empty(form(source))
+            with graph.inserting_after(node):
+                after = graph.call_function(moved.target, (node, moved.args[1]))
+            after.meta["val"] = value
+            node.replace_all_uses_with(after, lambda user: user is not after)
+            graph.erase_node(moved)
+            return True
+        return False
+
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target == view and node.args[0] in behind:
+            behind.add(node)
+        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            while move(node):
+                behind.add(node)
+                behind.update(user for user in node.users if user.target == view)
 
 
 # ---- The model's tasks ----------------------------------------------------------------------------------------------
@@ -168,6 +229,7 @@ def prepare(module, target):
 
     passes = [
         relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
+        cancel_permutations(),
         relax.transform.LiftTransformParams(),
         *relax.pipeline.library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
@@ -179,6 +241,39 @@ def prepare(module, target):
     ]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(passes)(module)
+
+
+def cancel_permutations():
+    """-> a pass that makes one of two permutations in a row, and nothing of one that changes nothing."""
+    import tvm
+    from tvm import relax
+    from tvm.relax.dpl import is_op, rewrite_call, wildcard
+
+    inner = is_op("relax.permute_dims")(wildcard())
+    outer = is_op("relax.permute_dims")(inner)
+
+    def axes_of(call):
+        ndim = call.args[0].ty.ndim
+        return [int(axis) for axis in call.attrs.axes] if call.attrs.axes else list(reversed(range(ndim)))
+
+    def without_identity(source, axes):
+        return source if axes == sorted(axes) else relax.op.permute_dims(source, axes)
+
+    def of_two(call, matched):
+        first = matched[inner]
+        return without_identity(first.args[0], [axes_of(first)[axis] for axis in axes_of(call)])
+
+    def of_one(call, matched):
+        return without_identity(call.args[0], axes_of(call))
+
+    @tvm.ir.transform.module_pass(opt_level=0)
+    def cancel(module, _):
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function):
+                module.update_func(name, rewrite_call(inner, of_one, rewrite_call(outer, of_two, function)))
+        return relax.transform.DeadCodeElimination(["main"])(module)
+
+    return cancel
 
 
 def default_schedule(module, target):
