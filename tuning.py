@@ -1095,6 +1095,8 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             line["error"] = error
         if candidate is None or state.waiting == 0:
             state.end_of_round()
+        if all(other.default_s or other.exhausted for other in progress.values()):
+            line["estimated_ms"] = round(estimate_ms(progress.values()), 4)
         journal.append(line)
 
     def take(label, value, error):
@@ -1174,9 +1176,13 @@ def best_record(state):
     return dict(zip(RECORD, (state.task.key, state.task.name, space, decisions, seconds, state.default_s)))
 
 
+def estimate_ms(states):
+    """-> milliseconds of one inference: the sum of the kernels' best times so far, without those not yet measured."""
+    return sum(state.task.calls * state.best_s for state in states if math.isfinite(state.best_s)) * 1e3
+
+
 def describe(states, done, done_before, budget, elapsed_s):
-    estimate_ms = sum(state.task.calls * state.best_s for state in states if math.isfinite(state.best_s)) * 1e3
     known = sum(math.isfinite(state.best_s) for state in states)
     rate = (done - done_before) / max(elapsed_s, 1e-3)
-    text = f"{done} of {budget} trials, {rate:.1f} trials/s, estimated {estimate_ms:.3f} ms"
+    text = f"{done} of {budget} trials, {rate:.1f} trials/s, estimated {estimate_ms(states):.3f} ms"
     return text if known == len(states) else f"{text} ({known} of {len(states)} tasks)"

@@ -80,10 +80,13 @@ def test_a_killed_run_goes_on_and_tuning_pays(tuned):
     assert float(row["infer_time_median_ms"]) < 0.7 * float(untuned["infer_time_median_ms"])
     journal = tuned.journal()
     assert journal[: len(tuned.before)] == tuned.before
-    trials = [line for line in map(json.loads, journal) if "space" in line]
+    lines = list(map(json.loads, journal))
+    trials = [line for line in lines if "space" in line]
     assert len({tuning.candidate_key(t["task"], [t["space"], t["decisions"]]) for t in trials}) == len(trials)
     assert int(row["tune_trials"]) == len(trials) and 0 < float(row["tune_time_s"]) < 200
     assert f"({len(trials)} trials)" in tuned.done.stdout
+    estimates = [line["estimated_ms"] for line in lines[len(tuned.before) :] if "estimated_ms" in line]
+    assert estimates and estimates[0] > estimates[-1] > 0 and estimates == sorted(estimates, reverse=True)
     (file,) = tuned.files(".json.gz")
     assert file.stat().st_size < 4096
 
