@@ -789,9 +789,10 @@ def import_to_relax(exported):
     """-> (Relax module, weights) of a decomposed ExportedProgram; what TVM 0.27's importer gets wrong is rewritten.
 
     Type promotion: the logarithm of an integer tensor is refused, a sum of booleans and integers breaks the code
-    generator. PyTorch's own pass for its ONNX exporter makes the casts explicit. Negative indices of select(), as in
-    hidden[:, -1]: the kernel would read in front of the tensor. Negative axes of squeeze(): ConvertLayout, which
-    tvm_tune uses, runs out of memory. any() of a whole tensor, by which T5 sees overflow in fp16, is not known to it.
+    generator. PyTorch's own pass for its ONNX exporter makes the casts explicit; it cannot subtract integers from a
+    number, as XLNet does with its mask. Negative indices of select(), as in hidden[:, -1]: the kernel would read in
+    front of the tensor. Negative axes of squeeze(): ConvertLayout, which tvm_tune uses, runs out of memory. any() of a
+    whole tensor, by which T5 sees overflow in fp16, is not known to it.
     """
     from torch.onnx._internal.fx.passes import InsertTypePromotion
     from tvm import relax
@@ -808,6 +809,13 @@ def import_to_relax(exported):
             largest = importer.block_builder.emit(relax.op.max(largest, axis=-1))
         return importer.block_builder.emit(relax.op.astype(largest, "bool"))
 
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.sub.Tensor):
+        number, tensor = node.args
+        if not isinstance(number, torch.fx.Node) and not tensor.meta["val"].is_floating_point() and not node.kwargs:
+            with exported.graph.inserting_before(node):
+                negative = exported.graph.call_function(torch.ops.aten.neg.default, (tensor,))
+            negative.meta["val"] = -tensor.meta["val"]
+            node.target, node.args = torch.ops.aten.add.Tensor, (negative, number)
     InsertTypePromotion(exported.graph_module).run()
     for node in exported.graph.nodes:
         if node.target == torch.ops.aten.select.int and node.args[2] < 0:

@@ -74,7 +74,10 @@ def test_weights_and_inputs_are_bound_once_and_inputs_are_shared(tvm):
 
 
 def test_what_is_rewritten_before_the_import(tvm):
-    """What TVM's importer refuses or gets wrong: logarithms of integers, booleans plus integers, index -1, any()."""
+    """What TVM's importer refuses or gets wrong.
+
+    Logarithms of integers, booleans plus integers, a number less integers, index -1, any().
+    """
 
     class Awkward(torch.nn.Module):
         main_input_name = "pixel_values"
@@ -82,7 +85,7 @@ def test_what_is_rewritten_before_the_import(tvm):
         def forward(self, pixel_values):
             positive = pixel_values > 0
             guarded = torch.where(pixel_values.isinf().any(), 0, pixel_values[:, -1, None])
-            return torch.log(positive.long() + 1) + (positive + positive.int()) / 3 + guarded
+            return torch.log(positive.long() + 1) + (positive + positive.int()) / 3 + (1.0 - positive.long()) + guarded
 
     inputs = {"pixel_values": torch.randn(2, 3)}
     run = benchmark.tvm_default(Awkward(), inputs, make_case(benchmark.CONFIG_MAPPING["resnet"]()))
