@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: tests that send it would
+# wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICK = "-- --weights random --test-items torch --iterations 3".split()  # what a sweep hands on to benchmark.py
 TINY_RESNET = {
