@@ -301,6 +301,13 @@ def test_every_rewriting_has_design_spaces_for_cuda(product):
         assert design.ways[space] < 2 or decisions[0] == [2, 1, 1, 1, 1]
         kernels = schedule.mod.script().count('thread="blockIdx.x"')
         assert kernels == {0: 2, 1: 1, 2: 2}[design.ways[space]]
+    # 24 KiB of shared memory, and three or four times as much where loading is pipelined.
+    assert set(design.stages) == {1, 3, 4}
+    for space in (space for space, ways in enumerate(design.ways) if ways == 0):
+        tiles = [[1, 1, 32, 1, 1], [1, 1, 32, 1, 2], [2, 64, 1]]
+        decisions = tiles + [0] * (len(design.choices[space]) - len(tiles))
+        assert design.fits(space, decisions) == (design.stages[space] == 1)
+        assert (design.realize(space, decisions) is None) == (design.stages[space] > 1)
 
 
 class Parts(torch.nn.Module):
