@@ -374,19 +374,26 @@ class Design:
             return None
         return schedule, taken
 
-    def accepts(self, space, decisions):
-        """-> whether the decisions are of the kind and the extents that the space samples."""
+    def adapt(self, space, decisions):
+        """-> the decisions of a candidate for another task as they fit this one, None where they do not.
+
+        The first factor of a tile, the number of blocks or of steps, takes what differs in a tile's extent.
+        """
         if space >= len(self.spaces) or len(decisions) != len(self.choices[space]):
-            return False
+            return None
+        adapted = []
         for choice, decision in zip(self.choices[space], decisions):
             if isinstance(choice, Tile) != isinstance(decision, list):
-                return False
+                return None
             if isinstance(choice, Tile):
-                if len(decision) != choice.parts or math.prod(decision) != choice.extent:
-                    return False
+                first, rest = divmod(choice.extent, math.prod(decision[1:]))
+                if len(decision) != choice.parts or rest or (choice.whole and first != choice.extent):
+                    return None
+                decision = [first, *decision[1:]]
             elif choice is not None and decision >= choice:
-                return False
-        return self.fits(space, decisions)
+                return None
+            adapted.append(decision)
+        return adapted if self.fits(space, adapted) else None
 
     def find_operands(self, space):
         """-> what a CUDA block stages in shared memory: (bytes an element, a row of strides for each dimension) each.
@@ -568,8 +575,9 @@ def search(module, target, trials, relatives, count, seed):
     """-> up to `count` new candidates of a task, the most promising first, as (space, decisions, features).
 
     `trials` is what was measured: (space, decisions, seconds or None where it failed, features or None where it was
-    measured by an earlier run). `relatives`: the best (space, decisions) of other tasks, which are tried where they
-    fit: a network has convolutions that differ in a stride or in what is fused with them, and in nothing else. The
+    measured by an earlier run). `relatives`: the best (space, decisions) of other tasks, the likeliest first. Where
+    they fit as they are, they are tried: a network has convolutions that differ in a stride or in what is fused with
+    them, and in nothing else. Adapted to other extents they only take part; until there is a cost model, in front. The
     evolution keeps no state but that, so that any process can go on with any task.
     """
     task, rng = design(module, target), random.Random(seed)
@@ -591,11 +599,15 @@ def search(module, target, trials, relatives, count, seed):
         known.add(candidate_key(space, taken))
         population.append((space, taken, task.features(schedule)))
 
+    borrowed = []
     for space, decisions in relatives:
-        if task.accepts(space, decisions) and candidate_key(space, decisions) not in known:
-            add(space, decisions)
-    borrowed = list(range(len(population)))[:count]
-
+        adapted = task.adapt(space, decisions)
+        if adapted is None or candidate_key(space, adapted) in known or len(population) >= POPULATION // 2:
+            continue
+        before = len(population)
+        add(space, adapted)
+        if adapted == decisions and len(borrowed) < count:
+            borrowed += range(before, len(population))
     open_spaces = find_open_spaces(len(task.spaces), trials)
     to_draw_from = collections.deque(open_spaces)
     for _ in range(4 * POPULATION):
@@ -613,7 +625,7 @@ def search(module, target, trials, relatives, count, seed):
                 to_draw_from.append(space)  # not where nothing new can be drawn
                 break
     scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
-    favourites = sorted(range(len(borrowed), len(population)), key=lambda i: -scores[i])
+    favourites = sorted(set(range(len(population))) - set(borrowed), key=lambda i: (-scores[i], i))
     by_space = [[i for i in favourites if population[i][0] == space] for space in open_spaces]
     in_turns = [i for turn in itertools.zip_longest(*by_space) for i in turn if i is not None]
     chosen = borrowed + in_turns[: max(0, round(GREEDY * count) - len(borrowed))]
@@ -977,6 +989,23 @@ def write_database(path, database):
     unfinished.replace(file)
 
 
+def read_siblings(path, origin):
+    """-> the best (space, decisions) for each kernel's name in the databases of the model's other input shapes.
+
+    A kernel has the same name at every batch size. What cannot be read is left out: it is not of this case.
+    """
+    model, _, precision = path.name.rsplit(".", 2)
+    siblings = {}
+    for file in sorted(path.parent.glob(f"{model}.*.{precision}.json.gz")):
+        other = path.with_name(file.name.removesuffix(".json.gz"))
+        if other == path or other.name.rsplit(".", 2)[0] != model:
+            continue
+        with contextlib.suppress(DatabaseError):
+            for record in read_database(other, origin)["records"]:
+                siblings.setdefault(record["name"], []).append((record["space"], record["decisions"]))
+    return siblings
+
+
 def apply_database(module, target, database):
     """Schedule a prepared Relax module by the best records, and by TVM's default rules where there is none.
 
@@ -1066,6 +1095,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
     """
     journal = Journal(path, origin)
     database = read_database(path, origin)
+    siblings = read_siblings(path, origin)
     progress = {task.key: Progress(task) for task in tasks}
     spent_s, done = restore(progress, database, journal.trials)
     budget = asked_trials * len(tasks)
@@ -1093,6 +1123,8 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
         state = max(open_states, key=Progress.urgency)
         state.waiting = ROUND
         relatives = [other.best[:2] for other in progress.values() if other is not state and other.best]
+        random.Random(done).shuffle(relatives)
+        relatives = siblings.get(state.task.name, []) + relatives
         arguments = (state.task.module, target, state.trials, relatives, ROUND, len(state.trials))
         builder.submit(("search", state, None), SEARCH_TIMEOUT_S, search, *arguments)
 

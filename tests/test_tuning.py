@@ -18,6 +18,9 @@ from conftest import ROOT, TINY_RESNET, process_list, read_csv
 import benchmark
 import tuning
 
+# TVM's target, as find_target() gives it there.
+H200 = """{"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024,
+           "max_shared_memory_per_block": 49152, "thread_warp_size": 32}"""
 ONE_BLOCK = TINY_RESNET | {"hidden_sizes": [32], "depths": [1]}
 
 
@@ -165,7 +168,7 @@ def apply(target, database, activation):
 benchmark.import_tvm("fp16")
 target = tuning.call(60, tuning.find_target, "cpu")
 task, other = tuning.call(60, make_tasks, target)
-path = Path(tempfile.mkdtemp()) / "case"
+path = Path(tempfile.mkdtemp()) / "model.x=64x64.fp16"
 tuning.tune([task], target, "cpu", path, "here", 1e-4, 16, 100, 2, str(path.parent), lambda text: None)
 database = tuning.read_database(path, "here")
 print(tuning.call(60, apply, target, database, "relu"))
@@ -255,17 +258,22 @@ def test_a_database_and_a_later_journal_are_both_restored():
 
 @pytest.fixture
 def product():
-    """A matrix product (32, 128) x (128, 64), and after it what reads a result twice, as a TIR module."""
+    return make_product(rows=32)
+
+
+def make_product(rows):
+    """A matrix product (rows, 128) x (128, 64), and after it what reads a result twice, as a TIR module."""
     benchmark.import_tvm_for_tuning("fp32")
     import tvm
     from tvm import te
 
-    x, w, b = (te.placeholder(shape, name=name) for name, shape in (("x", (32, 128)), ("w", (128, 64)), ("b", (64,))))
+    shapes = {"x": (rows, 128), "w": (128, 64), "b": (64,)}
+    x, w, b = (te.placeholder(shape, name=name) for name, shape in shapes.items())
     k = te.reduce_axis((0, 128), name="k")
-    matmul = te.compute((32, 64), lambda i, j: te.sum(x[i, k] * w[k, j], axis=k), name="matmul")
-    biased = te.compute((32, 64), lambda i, j: matmul[i, j] + b[j], name="biased")
-    scaled = te.compute((32, 64), lambda i, j: te.exp(biased[i, j] * -0.01), name="scaled")
-    output = te.compute((32, 64), lambda i, j: biased[i, j] * scaled[i, j], name="output")
+    matmul = te.compute((rows, 64), lambda i, j: te.sum(x[i, k] * w[k, j], axis=k), name="matmul")
+    biased = te.compute((rows, 64), lambda i, j: matmul[i, j] + b[j], name="biased")
+    scaled = te.compute((rows, 64), lambda i, j: te.exp(biased[i, j] * -0.01), name="scaled")
+    output = te.compute((rows, 64), lambda i, j: biased[i, j] * scaled[i, j], name="output")
     return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
 
 
@@ -288,16 +296,14 @@ def test_rewriting_a_product_changes_no_result(product):
 def test_every_rewriting_has_design_spaces_for_cuda(product):
     import tvm
 
-    target = {"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024}
-    target |= {"max_shared_memory_per_block": 49152, "thread_warp_size": 32}
-    arguments = tvm.ir.save_json(product), json.dumps(target)
+    arguments = tvm.ir.save_json(product), H200
     design = tuning.Design(*arguments)
     assert sorted(set(design.ways)) == [0, 1, 2] and all(design.operands)
     found = tuning.search(*arguments, [], [], 16, 1)
     assert {design.ways[space] for space, _, _ in found} == {0, 1, 2}
     for space, decisions, _ in found:
         schedule, taken = design.realize(space, decisions)
-        assert taken == decisions and design.accepts(space, decisions)
+        assert taken == decisions and design.adapt(space, decisions) == decisions
         assert design.ways[space] < 2 or decisions[0] == [2, 1, 1, 1, 1]
         kernels = schedule.mod.script().count('thread="blockIdx.x"')
         assert kernels == {0: 2, 1: 1, 2: 2}[design.ways[space]]
@@ -308,6 +314,32 @@ def test_every_rewriting_has_design_spaces_for_cuda(product):
         decisions = tiles + [0] * (len(design.choices[space]) - len(tiles))
         assert design.fits(space, decisions) == (design.stages[space] == 1)
         assert (design.realize(space, decisions) is None) == (design.stages[space] > 1)
+
+
+def test_a_search_begins_with_what_was_best_at_another_batch_size(product, tmp_path):
+    import tvm
+
+    arguments = tvm.ir.save_json(product), H200
+    ways = tuning.Design(*arguments).ways
+    found = tuning.search(*arguments, [], [], 16, 1)
+    space, decisions, _ = next(candidate for candidate in found if ways[candidate[0]] == 0)
+    database = {"origin": "here", "tune_time_s": 1.0, "tune_trials": 1, "asked_trials": 1}
+    database["records"] = [dict(zip(tuning.RECORD, ("hash", "product", space, decisions, 1e-6, 2e-6)))]
+    path = tmp_path / "model.x=96x128.fp32"
+    others = ("model.x=32x128.fp32", "model.x=32x128.fp16", "model.x.x=32x128.fp32", "model.x=96x128.fp32")
+    for name in others:
+        tuning.write_database(tmp_path / name, database)
+    tuning.write_database(tmp_path / "model.x=1x128.fp32", database | {"origin": "there"})
+    siblings = tuning.read_siblings(path, "here")
+    assert siblings == {"product": [(space, decisions)]}  # not of another precision, model or device, and not its own
+
+    module = tvm.ir.save_json(make_product(rows=96))
+    found = [candidate[:2] for candidate in tuning.search(module, H200, [], siblings["product"], 16, 1)]
+    rows, *rest = decisions
+    assert len(found) == 16 and (space, [[3 * rows[0], *rows[1:]], *rest]) in found
+    design = tuning.Design(module, H200)
+    assert design.adapt(space, [[1, 64, 1, 1, 1], *rest]) is None  # 64 do not divide 96
+    assert design.adapt(space, rest) is None and design.adapt(len(design.spaces), decisions) is None
 
 
 class Parts(torch.nn.Module):
