@@ -43,6 +43,7 @@ GREEDY = 0.9  # of a round: the cost model's favourites; the rest is drawn from 
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
 REPEATS, MIN_REPEAT_S = 3, 3e-3  # a measurement is the median of so many repeats, each at least so long
 HOPELESS = 4  # a candidate that is so many times slower than the best of its task is not measured again
+QUEUE = 4  # candidates for each builder, built in about the time of a search: with fewer to come, one begins
 REPORT_S = 0.5
 JOBS_PER_WORKER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 # Of a CUDA block (CUDA C++ Programming Guide, compute capabilities); virtual threads are MetaSchedule's.
@@ -1109,24 +1110,34 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
     draining = False
 
     def hand_out_to(builder):
-        """Give an idle builder a candidate to build or, where none is left, the task that promises most to search."""
+        """Give an idle builder a candidate to build or, where few are left, the task that promises most to search.
+
+        Not before, because what is measured until then says which task it is, and makes its search a better one.
+        """
+        searching = sum(other.busy and other.label[0] == "search" for other in builders)
+        if len(to_build) + ROUND * searching < QUEUE * workers:
+            state = most_urgent()
+            if state is not None:
+                state.waiting = ROUND
+                relatives = [other.best[:2] for other in progress.values() if other is not state and other.best]
+                random.Random(done).shuffle(relatives)
+                relatives = siblings.get(state.task.name, []) + relatives
+                arguments = (state.task.module, target, state.trials, relatives, ROUND, len(state.trials))
+                builder.submit(("search", state, None), SEARCH_TIMEOUT_S, search, *arguments)
+                return
         if to_build:
             state, candidate = to_build.popleft()
             file = os.path.join(scratch, f"{next(numbers)}.so")
             arguments = (state.task.module, target, candidate and candidate[:2], file)
             builder.submit(("build", state, candidate), BUILD_TIMEOUT_S, build, *arguments)
-            return
+
+    def most_urgent():
+        """-> the task to search next, None where none may be: each default schedule is measured first."""
         on_their_way = sum(state.waiting for state in progress.values())
+        if done + on_their_way >= budget or not all(s.history or s.exhausted for s in progress.values()):
+            return None
         open_states = [s for s in progress.values() if s.history and not s.waiting and not s.exhausted]
-        if not open_states or done + on_their_way >= budget:
-            return
-        state = max(open_states, key=Progress.urgency)
-        state.waiting = ROUND
-        relatives = [other.best[:2] for other in progress.values() if other is not state and other.best]
-        random.Random(done).shuffle(relatives)
-        relatives = siblings.get(state.task.name, []) + relatives
-        arguments = (state.task.module, target, state.trials, relatives, ROUND, len(state.trials))
-        builder.submit(("search", state, None), SEARCH_TIMEOUT_S, search, *arguments)
+        return max(open_states, key=Progress.urgency, default=None)
 
     def record(state, candidate, seconds, error):
         nonlocal done

@@ -85,6 +85,9 @@ def test_a_killed_run_goes_on_and_tuning_pays(tuned):
     assert journal[: len(tuned.before)] == tuned.before
     lines = list(map(json.loads, journal))
     trials = [line for line in lines if "space" in line]
+    defaults = [line for line in lines[: lines.index(trials[0])] if "default_seconds" in line]
+    assert {line["task"] for line in defaults} == {line["task"] for line in lines[1:]}  # each before the first search
+    assert trials[0]["task"] == max(defaults, key=lambda line: line["default_seconds"])["task"]
     assert len({tuning.candidate_key(t["task"], [t["space"], t["decisions"]]) for t in trials}) == len(trials)
     assert int(row["tune_trials"]) == len(trials) and 0 < float(row["tune_time_s"]) < 200
     assert f"({len(trials)} trials)" in tuned.done.stdout
