@@ -626,7 +626,7 @@ def search(module, target, trials, relatives, count, seed):
                 to_draw_from.append(space)  # not where nothing new can be drawn
                 break
     scores = predict([(trial[3], trial[2]) for trial in trials if trial[3] is not None], population)
-    favourites = sorted(set(range(len(population))) - set(borrowed), key=lambda i: (-scores[i], i))
+    favourites = sorted((i for i in range(len(population)) if i not in borrowed), key=lambda i: -scores[i])
     by_space = [[i for i in favourites if population[i][0] == space] for space in open_spaces]
     in_turns = [i for turn in itertools.zip_longest(*by_space) for i in turn if i is not None]
     chosen = borrowed + in_turns[: max(0, round(GREEDY * count) - len(borrowed))]
