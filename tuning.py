@@ -43,7 +43,7 @@ GREEDY = 0.9  # of a round: the cost model's favourites; the rest is drawn from 
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
 REPEATS, MIN_REPEAT_S = 3, 3e-3  # a measurement is the median of so many repeats, each at least so long
 HOPELESS = 4  # a candidate that is so many times slower than the best of its task is not measured again
-QUEUE = 4  # candidates for each builder, built in about the time of a search: with fewer to come, one begins
+SEARCH_BUILDS = 4  # candidates that a worker builds in the time of a search, until both have been timed
 REPORT_S = 0.5
 JOBS_PER_WORKER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 # Of a CUDA block (CUDA C++ Programming Guide, compute capabilities); virtual threads are MetaSchedule's.
@@ -828,6 +828,7 @@ class Worker:
 
     def __init__(self, jobs=JOBS_PER_WORKER):
         self.jobs, self.process, self.label = jobs, None, None
+        self.seconds = 0.0  # that the last job took
 
     def submit(self, label, timeout_s, function, *args):
         """Begin function(*args), a module-level function; `label` is what result() gives back with the outcome."""
@@ -838,7 +839,8 @@ class Worker:
             self.process.start()
             theirs.close()
             self.left = self.jobs
-        self.label, self.deadline = label, time.monotonic() + timeout_s
+        self.label, self.started = label, time.monotonic()
+        self.deadline = self.started + timeout_s
         self.left -= 1
         with contextlib.suppress(BrokenPipeError):  # it has died already: result() says so
             self.connection.send((function, args))
@@ -862,7 +864,7 @@ class Worker:
             self.stop()
         else:
             return None
-        self.label = None
+        self.label, self.seconds = None, time.monotonic() - self.started
         if self.process is not None and (self.left <= 0 or error and not error.startswith(WrongOutput.__name__)):
             self.stop()  # a kernel that failed may have broken the CUDA context
         return label, value, error
@@ -1108,6 +1110,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
     alone = device == "cpu"  # there, what is built disturbs what is measured: the two take turns
     numbers = itertools.count()
     draining = False
+    job_s = {kind: collections.deque(maxlen=ROUND * workers) for kind in ("build", "search")}
 
     def hand_out_to(builder):
         """Give an idle builder a candidate to build or, where few are left, the task that promises most to search.
@@ -1115,7 +1118,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
         Not before, because what is measured until then says which task it is, and makes its search a better one.
         """
         searching = sum(other.busy and other.label[0] == "search" for other in builders)
-        if len(to_build) + ROUND * searching < QUEUE * workers:
+        if len(to_build) + ROUND * searching < few():
             state = most_urgent()
             if state is not None:
                 state.waiting = ROUND
@@ -1130,6 +1133,12 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             file = os.path.join(scratch, f"{next(numbers)}.so")
             arguments = (state.task.module, target, candidate and candidate[:2], file)
             builder.submit(("build", state, candidate), BUILD_TIMEOUT_S, build, *arguments)
+
+    def few():
+        """-> how many candidates all builders finish in the time of a search, and one more for each."""
+        if not job_s["search"]:
+            return workers * (SEARCH_BUILDS + 1)
+        return workers * (statistics.fmean(job_s["search"]) / statistics.fmean(job_s["build"]) + 1)
 
     def most_urgent():
         """-> the task to search next, None where none may be: each default schedule is measured first."""
@@ -1159,8 +1168,10 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             line["estimated_ms"] = round(estimate_ms(progress.values()), 4)
         journal.append(line)
 
-    def take(label, value, error):
+    def take(worker, label, value, error):
         kind, state, candidate, *files = label
+        if kind in job_s:
+            job_s[kind].append(worker.seconds)
         if kind == "search":
             state.waiting = len(value or [])
             state.exhausted = not value
@@ -1191,8 +1202,9 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
             if not busy:
                 break  # every task is exhausted
             multiprocessing.connection.wait([worker.connection for worker in busy], timeout=0.2)
-            for outcome in filter(None, [worker.result() for worker in busy]):
-                take(*outcome)
+            for worker in busy:
+                if outcome := worker.result():
+                    take(worker, *outcome)
             if time.monotonic() > next_report:
                 report(describe(progress.values(), done, done_before, budget, time.monotonic() - start))
                 next_report = time.monotonic() + REPORT_S
