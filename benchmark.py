@@ -895,7 +895,7 @@ def import_tvm(precision):
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
-    nvrtc.nvrtcCompileProgram = functools.partial(compile_without_fast_math, nvrtc.nvrtcCompileProgram)
+    nvrtc.nvrtcCompileProgram = functools.partial(call_nvrtc, nvrtc.nvrtcCompileProgram)
     if PRECISIONS[precision][0] != torch.float32:
         # The schedules for tensor cores, which TVM would import while it compiles. It asks for the call stack hundreds
         # of times here, and each time inspect looks for the source text of every frame: minutes in a process that has
@@ -968,12 +968,13 @@ def without_type_traits(source):
     return source if re.search(r"(?<!cuda::)\bstd::", without) else without
 
 
-def compile_without_fast_math(compile_program, program, _, options):
+def call_nvrtc(compile_program, program, _, options):
     """NVRTC's compile call without the --use_fast_math that TVM always adds, which is not fp32 arithmetic.
 
-    By it a power is 2^(y log2 x), NaN for every negative x (GPT-2's x**3, Llama's x**2), and a tanh has 11 bits.
+    By it a power is 2^(y log2 x), NaN for every negative x (GPT-2's x**3, Llama's x**2), and a tanh has 11 bits. And
+    without warnings, which are of NVIDIA's own headers and would stand in front of the error in a row's one line.
     """
-    options = [option for option in options if option != b"--use_fast_math"]
+    options = [option for option in options if option != b"--use_fast_math"] + [b"--disable-warnings"]
     return compile_program(program, len(options), options)
 
 

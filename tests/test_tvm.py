@@ -61,6 +61,15 @@ def test_kernels_compute_as_fp32_does(tvm):
     assert not re.search(r"(tanh|lg2|div|sqrt)\.approx", ptx)
 
 
+def test_what_does_not_compile_is_named_first(tvm):
+    """Before the warnings of NVIDIA's headers, of which the one line of a row has room for the first only."""
+    from tvm.support import nvcc
+
+    kernel = '#include <cuda_fp16.h>\n#include <cuda_fp8.h>\nextern "C" __global__ void kernel(float* x) { *x = y; }'
+    with pytest.raises(RuntimeError, match=r'failed:\s+\S+: error: identifier "y" is undefined'):
+        nvcc.compile_cuda(kernel, target_format="cubin", arch="sm_90")
+
+
 def test_weights_and_inputs_are_bound_once_and_inputs_are_shared(tvm):
     """A change of the input tensor in place is seen by the next call: nothing was copied, nothing is passed again."""
     config = benchmark.CONFIG_MAPPING["resnet"](**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
