@@ -840,8 +840,9 @@ def operators_in_input_dtype():
     """While it lasts, TVM's importer gives operators their inputs' dtype, as PyTorch does.
 
     TVM 0.27 gives convolutions and matrix products fp32 results whatever the inputs are, and then cannot add a bias in
-    fp16 or bf16. BatchNorm's results it calls fp16 and lowers to fp32, which the next operators may not go with. Sums
-    and BatchNorm are still computed in fp32, then rounded: PyTorch does so too.
+    fp16 or bf16. BatchNorm's results it calls fp16 and lowers to fp32, which the next operators may not go with; other
+    normalizations it does not have in bf16. Sums and normalizations are still computed in fp32, then rounded: PyTorch
+    does so too.
     """
     from tvm import relax
 
@@ -853,25 +854,32 @@ def operators_in_input_dtype():
 
         return call
 
-    def in_fp32(batch_norm):
-        @functools.wraps(batch_norm)
-        def call(**arguments):
-            dtype = arguments["data"].ty.dtype
-            if dtype == "float32":
-                return batch_norm(**arguments)
-            for name in ("data", "gamma", "beta", "moving_mean", "moving_var"):
-                arguments[name] = relax.op.astype(arguments[name], "float32")
-            results = batch_norm(**arguments)
-            return relax.Tuple([relax.op.astype(relax.TupleGetItem(results, i), dtype) for i in range(3)])
+    def in_fp32(operator, dtypes, outputs=1):
+        def cast(value):
+            return relax.op.astype(value, "float32") if isinstance(value, relax.Expr) else value
+
+        @functools.wraps(operator)
+        def call(*args, **kwargs):
+            dtype = (args[-1] if args else kwargs["data"]).ty.dtype  # the first may be an expression of no type yet
+            if dtype not in dtypes:
+                return operator(*args, **kwargs)
+            results = operator(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            if outputs == 1:
+                return relax.op.astype(results, dtype)
+            return relax.Tuple([relax.op.astype(relax.TupleGetItem(results, i), dtype) for i in range(outputs)])
 
         return call
 
     products = [(relax.op.linear_algebra, "matmul")]
     products += [(relax.op.nn, name) for name in ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose")]
+    refused = [(relax.op, "power"), *((relax.op.nn, name) for name in ("layer_norm", "group_norm", "instance_norm"))]
     with contextlib.ExitStack() as stack:
         for module, name in products:
             stack.enter_context(unittest.mock.patch.object(module, name, rounded(getattr(module, name))))
-        stack.enter_context(unittest.mock.patch.object(relax.op.nn, "batch_norm", in_fp32(relax.op.nn.batch_norm)))
+        batch_norm = in_fp32(relax.op.nn.batch_norm, ("float16", "bfloat16"), outputs=3)
+        stack.enter_context(unittest.mock.patch.object(relax.op.nn, "batch_norm", batch_norm))
+        for module, name in refused:
+            stack.enter_context(unittest.mock.patch.object(module, name, in_fp32(getattr(module, name), ("bfloat16",))))
         yield
 
 
@@ -972,9 +980,11 @@ def call_nvrtc(compile_program, program, _, options):
     """NVRTC's compile call without the --use_fast_math that TVM always adds, which is not fp32 arithmetic.
 
     By it a power is 2^(y log2 x), NaN for every negative x (GPT-2's x**3, Llama's x**2), and a tanh has 11 bits. And
-    without warnings, which are of NVIDIA's own headers and would stand in front of the error in a row's one line.
+    without warnings, which are of NVIDIA's own headers and would stand in front of the error in a row's one line. What
+    TVM writes for infinity in bf16 is defined: no header has it.
     """
-    options = [option for option in options if option != b"--use_fast_math"] + [b"--disable-warnings"]
+    options = [option for option in options if option != b"--use_fast_math"]
+    options += [b"--disable-warnings", b"-Dinff=__int_as_float(0x7f800000)"]
     return compile_program(program, len(options), options)
 
 

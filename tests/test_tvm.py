@@ -8,6 +8,7 @@ from conftest import TINY_RESNET
 from test_model import make_case
 
 import benchmark
+import tuning
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,8 @@ def tvm():
     return tvm
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
+@pytest.mark.parametrize("precision, c_type", [("fp32", "float"), ("fp16", "half"), ("bf16", "nv_bfloat16")])
+def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision, c_type):
     """The item's own path up to the cubin: export, import, TVM's default pipeline for sm_90, NVRTC, link."""
     config = benchmark.CONFIG_MAPPING["resnet"](**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
     dtype = benchmark.PRECISIONS[precision][0]
@@ -39,7 +40,9 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision):
     assert "cuda_graph" in executable.as_text()
     source = executable.mod.imports[0].imports[0].inspect_source("cuda")
     kernels = set(re.findall(r"(\w+_kernel)\(", source))
-    assert len(kernels) > 5 and ("half* __restrict__" in source) == (precision == "fp16")
+    others = {"half*", "nv_bfloat16*"} - {f"{c_type}*"}
+    assert len(kernels) > 5 and f"{c_type}* __restrict__" in source
+    assert not any(f" {other} __restrict__" in source for other in others)
     with target:
         cubins = [bytes(compiled(source)) for compiled in (benchmark.compile_kernels, benchmark.compile_candidate)]
     for cubin in cubins:
@@ -59,6 +62,20 @@ def test_kernels_compute_as_fp32_does(tvm):
     ptx = bytes(nvcc.compile_cuda(kernel, target_format="ptx", arch="sm_90")).decode()
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
     assert not re.search(r"(tanh|lg2|div|sqrt)\.approx", ptx)
+
+
+def test_infinity_in_bf16_compiles(tvm):
+    """It is what a clamp with one end has at the other end."""
+    from tvm import te
+
+    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024})
+    x = te.placeholder((64,), name="x", dtype="bfloat16")
+    clamped = te.compute((64,), lambda i: te.min(x[i], tvm.tirx.const(float("inf"), "bfloat16")), name="clamped")
+    module = tuning.default_schedule(tvm.IRModule({"main": te.create_prim_func([x, clamped])}), target)
+    source = tvm.build(module, target=target).imports[0].inspect_source("cuda")
+    assert "inff" in source
+    with target:
+        assert bytes(benchmark.compile_candidate(source)).startswith(b"\x7fELF")
 
 
 def test_what_does_not_compile_is_named_first(tvm):
@@ -120,17 +137,20 @@ def test_an_if_on_values_is_exported(tvm):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_operators_keep_their_dtype(tvm, dtype):
-    """A bias behind a convolution and a matrix product, and a gate on what BatchNorm gives, in one dtype."""
+    """A bias behind a convolution and a matrix product, a gate on what BatchNorm gives, other norms, in one dtype."""
 
     class Gated(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.convolution, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
             self.gate, self.linear = torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(32, 4)
+            self.group_norm, self.layer_norm = torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(32)
 
         def forward(self, pixel_values):
             features = self.norm(self.convolution(pixel_values))
-            return self.linear((features * self.gate(features).sigmoid()).flatten(1))
+            features = self.group_norm(features * self.gate(features).sigmoid())
+            features = self.layer_norm(features.flatten(1))
+            return self.linear(features / features.norm(dim=-1, keepdim=True))
 
     model = Gated().eval().to(dtype)
     inputs = {"pixel_values": torch.randn(2, 3, 4, 4).to(dtype)}
