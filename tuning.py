@@ -327,6 +327,9 @@ class Design:
         if kind == "cuda" and "float16" in module:
             kind = "cuda-tensorcore"
         rules = {name: kind for name in ("sch_rules", "postprocs", "mutator_probs")}
+        bf16 = kind == "cuda-tensorcore" and "bfloat16" in module
+        if bf16:
+            rules["sch_rules"] = rules_for_bf16()
         self.ways, self.spaces = [], []  # for each space: what rewrite_product() is given first, and the trace
         for ways in find_rewrites(self.module) if kind.startswith("cuda") else [0]:
             self.context = ms.TuneContext(
@@ -336,11 +339,15 @@ class Design:
                 num_threads=1,
                 rand_state=1,  # the same spaces in the same order in every process
             ).clone()
-            traces = [schedule.trace for schedule in self.context.generate_design_space()]
+            schedules = self.context.generate_design_space()
+            if bf16:
+                for schedule in schedules:
+                    pad_rows_for_tensor_cores(schedule)
+            traces = [schedule.trace for schedule in schedules]
             self.spaces += traces
             self.ways += [ways] * len(traces)
         self.samplings = [sampling_instructions(trace) for trace in self.spaces]
-        self.tensor_cores = [any(inst.kind.name == "Blockize" for inst in trace.insts) for trace in self.spaces]
+        self.tensor_cores = list(map(uses_tensor_cores, self.spaces))
         self.choices = [
             [find_choice(trace, inst) for inst in insts] for trace, insts in zip(self.spaces, self.samplings)
         ]
@@ -462,6 +469,61 @@ class Design:
 
 
 design = functools.lru_cache(maxsize=None)(Design)  # a worker meets a task many times
+
+
+def rules_for_bf16():
+    """-> MetaSchedule's rules for CUDA's tensor cores, with bf16 in the place of fp16: TVM 0.27 has fp16 and int8 only.
+
+    WMMA in tiles of 16 x 16 x 16 with sums in fp32, tiled as ScheduleRule::DefaultCUDATensorCore does for fp16.
+    """
+    from tvm.s_tir import TensorIntrin
+    from tvm.s_tir.meta_schedule.schedule_rule import MultiLevelTilingTensorCore, ReuseType, ScheduleRule
+    from tvm.s_tir.tensor_intrin import cuda
+
+    def register(name, intrinsic):
+        TensorIntrin.register(name, *intrinsic, override=True)
+        return name
+
+    def load(operand, transposed):
+        intrinsic = cuda.get_wmma_load_intrin(16, 16, 16, "bfloat16", "shared.dyn", operand == "b", transposed)
+        return register(f"wmma_load_16x16x16_bf16_{operand}{'_trans' * transposed}_shared_dyn", intrinsic)
+
+    def compute(transposed):
+        intrinsic = cuda.get_wmma_sync_intrin(16, 16, 16, "bfloat16", "float32", transposed)
+        return register(f"wmma_sync_16x16x16_bf16bf16f32{'_trans' * transposed}", intrinsic)
+
+    groups = [
+        {
+            "init": cuda.WMMA_FILL_16x16x16_F32_INTRIN,
+            "load_a": load("a", False),
+            "load_b": load("b", transposed),
+            "compute": compute(transposed),
+            "store": cuda.WMMA_STORE_16x16x16_F32_SHARED_DYN_INTRIN,
+        }
+        for transposed in (True, False)
+    ]
+    tiling = MultiLevelTilingTensorCore(
+        groups,
+        structure="SSSRRSRS",
+        tile_binds=["blockIdx.y", "blockIdx.x", "threadIdx.y"],
+        max_innermost_factor=4,
+        vector_load_lens=[1, 2, 4, 8],
+        reuse_read=ReuseType("must", [4], "shared.dyn"),
+        reuse_write=ReuseType("must", [2], "shared.dyn"),
+    )
+    first, *others = ScheduleRule.create("cuda-tensorcore")
+    return [first, tiling, *(rule for rule in others if not isinstance(rule, MultiLevelTilingTensorCore))]
+
+
+def pad_rows_for_tensor_cores(schedule):
+    """Pad the rows of what is staged in shared memory, against bank conflicts, as MetaSchedule does in fp16 only."""
+    for inst in schedule.trace.insts if uses_tensor_cores(schedule.trace) else []:
+        if inst.kind.name == "CacheRead" and "shared.dyn" in map(str, inst.attrs):
+            schedule.storage_align(inst.outputs[0], 0, axis=-2, factor=32, offset=8)
+
+
+def uses_tensor_cores(trace):
+    return any(inst.kind.name == "Blockize" for inst in trace.insts)
 
 
 def find_product(schedule):

@@ -23,7 +23,7 @@ def test_default_items(command, write_model, tmp_path):
         assert row["driver_version"] and float(row["rel_error"]) <= 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_tuned_schedules_are_measured_checked_and_used(command, write_model, tmp_path, precision):
     arguments = ["--model", write_model(), "--weights", "random", "--precision", precision, "--results", "rows.csv"]
     tune = ["--test-items", "tvm", "tvm_tune", "--tuning-dir", "tuning", "--tune-trials", 16]

@@ -321,6 +321,29 @@ def test_every_rewriting_has_design_spaces_for_cuda(product):
         assert (design.realize(space, decisions) is None) == (design.stages[space] > 1)
 
 
+def test_bf16_has_the_tensor_core_schedules_of_fp16():
+    import tvm
+    from tvm import te
+
+    benchmark.import_tvm_for_tuning("bf16")
+
+    def make_design(dtype):
+        x, w = te.placeholder((256, 256), name="x", dtype=dtype), te.placeholder((256, 512), name="w", dtype=dtype)
+        matmul = tvm.topi.nn.matmul(x, w, out_dtype="float32")
+        output = tvm.topi.cast(matmul, dtype)
+        return tuning.Design(tvm.ir.save_json(tvm.IRModule({"main": te.create_prim_func([x, w, output])})), H200)
+
+    fp16, bf16 = make_design("float16"), make_design("bfloat16")
+    assert bf16.ways == fp16.ways and bf16.stages == fp16.stages and all(bf16.tensor_cores)
+    for space, choices in enumerate(bf16.choices):
+        # 2 x 2 warps of 2 x 2 tiles, loads of 4 elements; how wide the result is stored differs in its options.
+        tiles = [[4, 1, 2, 2, 1], [8, 1, 2, 2, 1], [choices[2].extent // 4, 2, 2]]
+        decisions = [*tiles, 0, 2, 2] + [0] * (len(choices) - 6)
+        scripts = [design.realize(space, decisions)[0].mod.script() for design in (fp16, bf16)]
+        renamed = scripts[1].replace("bfloat16", "float16").replace("_bf16_", "_f16_")
+        assert renamed == scripts[0] and "tvm_mma_sync" in renamed
+
+
 def test_a_search_begins_with_what_was_best_at_another_batch_size(product, tmp_path):
     import tvm
 
