@@ -841,8 +841,8 @@ def operators_in_input_dtype():
 
     TVM 0.27 gives convolutions and matrix products fp32 results whatever the inputs are, and then cannot add a bias in
     fp16 or bf16. BatchNorm's results it calls fp16 and lowers to fp32, which the next operators may not go with; other
-    normalizations it does not have in bf16. Sums and normalizations are still computed in fp32, then rounded: PyTorch
-    does so too.
+    normalizations, and powers, it does not have in bf16. Sums, normalizations and powers are still computed in fp32,
+    then rounded: PyTorch does so too.
     """
     from tvm import relax
 
@@ -860,7 +860,9 @@ def operators_in_input_dtype():
 
         @functools.wraps(operator)
         def call(*args, **kwargs):
-            dtype = (args[-1] if args else kwargs["data"]).ty.dtype  # the first may be an expression of no type yet
+            # Of the last tensor: the first may be an expression that has no type yet.
+            *_, tensor = (value for value in (*args, *kwargs.values()) if isinstance(value, relax.Expr))
+            dtype = tensor.ty.dtype
             if dtype not in dtypes:
                 return operator(*args, **kwargs)
             results = operator(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
