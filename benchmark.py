@@ -872,16 +872,16 @@ def operators_in_input_dtype():
 
         return call
 
-    products = [(relax.op.linear_algebra, "matmul")]
-    products += [(relax.op.nn, name) for name in ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose")]
-    refused = [(relax.op, "power"), *((relax.op.nn, name) for name in ("layer_norm", "group_norm", "instance_norm"))]
+    op, nn = relax.op, relax.op.nn
+    wrapped = {(op.linear_algebra, "matmul"): rounded}
+    for name in ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose"):
+        wrapped[nn, name] = rounded
+    wrapped[nn, "batch_norm"] = functools.partial(in_fp32, dtypes=("float16", "bfloat16"), outputs=3)
+    for module, name in ((op, "power"), (nn, "layer_norm"), (nn, "group_norm"), (nn, "instance_norm")):
+        wrapped[module, name] = functools.partial(in_fp32, dtypes=("bfloat16",))
     with contextlib.ExitStack() as stack:
-        for module, name in products:
-            stack.enter_context(unittest.mock.patch.object(module, name, rounded(getattr(module, name))))
-        batch_norm = in_fp32(relax.op.nn.batch_norm, ("float16", "bfloat16"), outputs=3)
-        stack.enter_context(unittest.mock.patch.object(relax.op.nn, "batch_norm", batch_norm))
-        for module, name in refused:
-            stack.enter_context(unittest.mock.patch.object(module, name, in_fp32(getattr(module, name), ("bfloat16",))))
+        for (module, name), wrap in wrapped.items():
+            stack.enter_context(unittest.mock.patch.object(module, name, wrap(getattr(module, name))))
         yield
 
 

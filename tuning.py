@@ -347,7 +347,7 @@ class Design:
             self.spaces += traces
             self.ways += [ways] * len(traces)
         self.samplings = [sampling_instructions(trace) for trace in self.spaces]
-        self.tensor_cores = list(map(uses_tensor_cores, self.spaces))
+        self.tensor_cores = [any(inst.kind.name == "Blockize" for inst in trace.insts) for trace in self.spaces]
         self.choices = [
             [find_choice(trace, inst) for inst in insts] for trace, insts in zip(self.spaces, self.samplings)
         ]
@@ -517,13 +517,9 @@ def rules_for_bf16():
 
 def pad_rows_for_tensor_cores(schedule):
     """Pad the rows of what is staged in shared memory, against bank conflicts, as MetaSchedule does in fp16 only."""
-    for inst in schedule.trace.insts if uses_tensor_cores(schedule.trace) else []:
-        if inst.kind.name == "CacheRead" and "shared.dyn" in map(str, inst.attrs):
+    for inst in schedule.trace.insts:
+        if inst.kind.name == "CacheRead" and "shared.dyn" in map(str, inst.attrs):  # without tensor cores: "shared"
             schedule.storage_align(inst.outputs[0], 0, axis=-2, factor=32, offset=8)
-
-
-def uses_tensor_cores(trace):
-    return any(inst.kind.name == "Blockize" for inst in trace.insts)
 
 
 def find_product(schedule):
@@ -890,7 +886,6 @@ class Worker:
 
     def __init__(self, jobs=JOBS_PER_WORKER):
         self.jobs, self.process, self.label = jobs, None, None
-        self.seconds = 0.0  # that the last job took
 
     def submit(self, label, timeout_s, function, *args):
         """Begin function(*args), a module-level function; `label` is what result() gives back with the outcome."""
@@ -926,7 +921,7 @@ class Worker:
             self.stop()
         else:
             return None
-        self.label, self.seconds = None, time.monotonic() - self.started
+        self.label = None
         if self.process is not None and (self.left <= 0 or error and not error.startswith(WrongOutput.__name__)):
             self.stop()  # a kernel that failed may have broken the CUDA context
         return label, value, error
@@ -1233,7 +1228,7 @@ def tune(tasks, target, device, path, origin, tolerance, asked_trials, limit_s, 
     def take(worker, label, value, error):
         kind, state, candidate, *files = label
         if kind in job_s:
-            job_s[kind].append(worker.seconds)
+            job_s[kind].append(time.monotonic() - worker.started)
         if kind == "search":
             state.waiting = len(value or [])
             state.exhausted = not value

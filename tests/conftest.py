@@ -17,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICK = "-- --weights random --test-items torch --iterations 3".split()  # what a sweep hands on to benchmark.py
+# TVM's target, as tuning.find_target() gives it there.
+H200 = """{"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024,
+           "max_shared_memory_per_block": 49152, "thread_warp_size": 32}"""
 TINY_RESNET = {
     "model_type": "resnet",
     "architectures": ["ResNetForImageClassification"],

@@ -13,14 +13,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RESNET, process_list, read_csv
+from conftest import H200, ROOT, TINY_RESNET, process_list, read_csv
 
 import benchmark
 import tuning
 
-# TVM's target, as find_target() gives it there.
-H200 = """{"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024,
-           "max_shared_memory_per_block": 49152, "thread_warp_size": 32}"""
 ONE_BLOCK = TINY_RESNET | {"hidden_sizes": [32], "depths": [1]}
 
 

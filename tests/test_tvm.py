@@ -1,10 +1,11 @@
 """What is particular to TVM: CUDA code generation without a GPU, and buffers that are shared, not copied."""
 
+import json
 import re
 
 import pytest
 import torch
-from conftest import TINY_RESNET
+from conftest import H200, TINY_RESNET
 from test_model import make_case
 
 import benchmark
@@ -26,15 +27,7 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision, c_type):
     dtype = benchmark.PRECISIONS[precision][0]
     model, inputs = benchmark.load_on_device(make_case(config), dtype)
     module, _ = benchmark.import_to_relax(benchmark.export_for_tvm(model, inputs))
-    target = tvm.target.Target(
-        {
-            "kind": "cuda",
-            "arch": "sm_90",
-            "max_num_threads": 1024,
-            "max_shared_memory_per_block": 49152,
-            "thread_warp_size": 32,
-        }
-    )
+    target = tvm.target.Target(json.loads(H200))
     with tvm.transform.PassContext(opt_level=3, config={"relax.backend.use_cuda_graph": True}):
         executable = tvm.compile(module, target)
     assert "cuda_graph" in executable.as_text()
@@ -68,7 +61,7 @@ def test_infinity_in_bf16_compiles(tvm):
     """It is what a clamp with one end has at the other end."""
     from tvm import te
 
-    target = tvm.target.Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024})
+    target = tvm.target.Target(json.loads(H200))
     x = te.placeholder((64,), name="x", dtype="bfloat16")
     clamped = te.compute((64,), lambda i: te.min(x[i], tvm.tirx.const(float("inf"), "bfloat16")), name="clamped")
     module = tuning.default_schedule(tvm.IRModule({"main": te.create_prim_func([x, clamped])}), target)
