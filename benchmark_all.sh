@@ -62,8 +62,8 @@ read -ra hosts <<<"${HOSTS:-}"
 results=$(realpath -m "${RESULTS:-$here/results/benchmark.csv}")
 python=${PYTHON:-python}
 if [ "${models[*]}" = builtin ]; then
-    read -ra models < <(cd "$here" && "$python" -c 'import benchmark; print(*benchmark.BUILTIN_ARCHITECTURES)')
-    [ ${#models[@]} -gt 1 ] || fail "$python cannot import benchmark.py to list its models"
+    read -ra models < <(cd "$here" && "$python" -c 'from harness.architectures import BUILTIN_ARCHITECTURES as names; print(*names)')
+    [ ${#models[@]} -gt 1 ] || fail "$python cannot import harness.architectures to list its models"
 fi
 
 list=

@@ -15,10 +15,13 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from harness.errors import UserError
+from harness.rows import COLUMNS, ITEM_ORDER, item_order
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "benchmark.csv"
@@ -26,38 +29,10 @@ COVERAGE = ROOT / "results" / "coverage.csv"
 READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
 COVERAGE_PAGE = ROOT / "docs" / "coverage.md"
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart (jfly.uni-koeln.de/color); the tables' order.
-COLORS = {
-    "torch": "#000000",
-    "torch_compile": "#E69F00",
-    "torch_compile_reduce_overhead": "#56B4E9",
-    "torch_compile_max_autotune": "#0072B2",
-    "tvm": "#009E73",
-    "tvm_tune": "#D55E00",
-}
+# Okabe and Ito's palette, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
+COLORS = dict(zip(ITEM_ORDER, ["#000000", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00"], strict=True))
 OTHER_COLOR = "#CC79A7"  # an item that has no colour of its own yet
 TABLE_COLUMNS = ["model_name", "test_item", "batch_size", "compile_time_s", "infer_time_mean_ms"]
-USED_COLUMNS = {
-    *TABLE_COLUMNS,
-    "infer_time_min_ms",
-    "infer_time_p90_ms",
-    "precision",
-    "device_name",
-    "weights",
-    "input_shape",
-    "status",
-    "error",
-    "torch_version",
-    "tvm_version",
-    "transformers_version",
-    "driver_version",
-    "timestamp_utc",
-    "concurrent_cases",
-}
-
-
-class UserError(Exception):
-    """One line on stderr and exit code 2."""
 
 
 def read_rows(paths):
@@ -68,7 +43,7 @@ def read_rows(paths):
             frame = pd.read_csv(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        if missing := USED_COLUMNS - set(frame.columns):
+        if missing := set(COLUMNS) - set(frame.columns):
             raise UserError(f"{path} is not a CSV of benchmark.py: it has no column {min(missing)}")
         frames.append(frame)
     rows = pd.concat(frames, ignore_index=True)
@@ -83,7 +58,7 @@ def read_rows(paths):
     rows["order"] = rows["test_item"].map(item_order)
     case = ["device_name", "precision", "label", "batch_size", "test_item"]
     rows = rows.sort_values("timestamp_utc", kind="stable").drop_duplicates(case, keep="last")
-    return rows.sort_values(["label", "batch_size", "order", "test_item"], kind="stable")
+    return rows.sort_values(["label", "batch_size", "order"], kind="stable")
 
 
 def markdown(rows):
@@ -129,14 +104,17 @@ def coverage_totals(rows):
     counts = rows.assign(ok=rows["status"] == "ok").groupby(["device_name", "precision", "test_item"], sort=False)["ok"]
     texts = counts.agg(lambda ok: f"{ok.sum()} of {len(ok)}").rename("models ok").reset_index()
     table = texts.pivot(index=["device_name", "precision"], columns="test_item", values="models ok").fillna("")
-    return table[sort_items(table.columns)].reset_index().to_markdown(index=False, disable_numparse=True) + "\n"
+    return (
+        table[sorted(table.columns, key=item_order)].reset_index().to_markdown(index=False, disable_numparse=True)
+        + "\n"
+    )
 
 
 def coverage(rows):
     """-> for each device and precision a table of what every item made of every model, against eager PyTorch."""
     parts = []
     for (device_name, precision), group in rows.groupby(["device_name", "precision"], sort=True):
-        items = sort_items(group["test_item"].unique())
+        items = sorted(group["test_item"].unique(), key=item_order)
         lines, reasons = [], []
         for label, model in group.groupby("label"):
             model = model.set_index("test_item")
@@ -163,15 +141,6 @@ def times_faster(ratio):
     return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
-def item_order(item):
-    """-> the place of a test item in tables and pictures: that of its colour, unknown ones last."""
-    return list(COLORS).index(item) if item in COLORS else len(COLORS)
-
-
-def sort_items(items):
-    return sorted(items, key=lambda item: (item_order(item), item))
-
-
 def write_part(path, name, text):
     """Replace what stands in the file between the two lines that name this part."""
     begin, end = f"<!-- {name}: plot.py writes this part -->", f"<!-- end of {name} -->"
@@ -190,7 +159,7 @@ def draw(rows, path):
     minimum to the 90th percentile. Rows that are not ok are named where their bar would stand.
     """
     panels = list(rows.groupby(["device_name", "precision", "label"], sort=True))
-    items = sort_items(rows["test_item"].unique())
+    items = sorted(rows["test_item"].unique(), key=item_order)
     width = max(5.0, 0.62 * len(items) * rows["batch_size"].nunique() + 0.8)
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(width, 4.2 * len(panels) + 0.6), squeeze=False, layout="constrained"

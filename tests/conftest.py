@@ -12,12 +12,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from harness.case import Case  # noqa: E402
+from harness.models import find_model_class  # noqa: E402
+
 # A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: tests that send it would
 # wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 QUICK = "-- --weights random --test-items torch --iterations 3".split()  # what a sweep hands on to benchmark.py
-# TVM's target, as tuning.find_target() gives it there.
+# TVM's target, as find_target() gives it there.
 H200 = """{"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024,
            "max_shared_memory_per_block": 49152, "thread_warp_size": 32}"""
 TINY_RESNET = {
@@ -70,6 +73,17 @@ def command(tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def tvm():
+    """TVM, with what it needs at every precision; imported when a test asks for it."""
+    from tvm_items.imports import import_tvm_for_tuning
+
+    import_tvm_for_tuning("fp16")
+    import tvm
+
+    return tvm
+
+
 def read_csv(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -77,3 +91,24 @@ def read_csv(path):
 
 def process_list():
     return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def make_case(config, weights_dir=None, **fields):
+    return Case(
+        **{
+            "model_name": "test",
+            "model_class": find_model_class("test", config),
+            "config": config,
+            "weights": "pretrained" if weights_dir else "random",
+            "weights_dir": weights_dir and str(weights_dir),
+            "batch_size": 1,
+            "seq_len": 128,
+            "image_size": None,
+            "precision": "fp32",
+            "device": "cpu",
+            "device_name": "a CPU",
+            "tuning_dir": ROOT / "results" / "tuning",
+            "iterations": None,
+            **fields,
+        }
+    )

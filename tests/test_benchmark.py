@@ -8,9 +8,13 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY_RESNET, read_csv
+import transformers
 
 import benchmark
+from conftest import ROOT, TINY_RESNET, read_csv
+from harness import models
+from harness.models import find_model
+from harness.rows import COLUMNS
 
 # Items that go wrong in every way a compiler can, added by a script that uses benchmark.py as it is.
 BROKEN_ITEMS = f"""
@@ -67,7 +71,7 @@ def test_default_items(command, write_model, tmp_path):
     threads = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"}
     done = command("benchmark.py", "--model", write_model(), "--batch-size", 2, "--results", results, **threads)
     assert done.returncode == 0, done.stderr
-    assert results.read_text().splitlines()[0] == ",".join(benchmark.COLUMNS)
+    assert results.read_text().splitlines()[0] == ",".join(COLUMNS)
     rows = read_csv(results)
     assert [row["test_item"] for row in rows] == ["torch", "torch_compile", "tvm"]
     for row in rows:
@@ -199,9 +203,7 @@ def test_a_dead_reference_fails_every_item_and_says_why(command, write_model, tm
     import torch
 
     directory = write_model({**TINY_RESNET, "num_labels": 1})
-    model = benchmark.transformers.ResNetForImageClassification(
-        benchmark.transformers.ResNetConfig.from_pretrained(directory)
-    )
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig.from_pretrained(directory))
     torch.nn.init.zeros_(model.classifier[1].weight)
     torch.nn.init.zeros_(model.classifier[1].bias)
     model.save_pretrained(directory)
@@ -242,7 +244,7 @@ def test_a_dead_reference_fails_every_item_and_says_why(command, write_model, tm
 )
 def test_bad_input(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark.hub_constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(models.hub_constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "foreign.csv").write_text("a,b,c\n1,2,3\n")
     (tmp_path / "empty").mkdir()
@@ -316,7 +318,7 @@ def test_pickled_weights_are_never_opened(write_model, capsys, tmp_path):
     directory = write_model()
     (directory / "pytorch_model.bin").write_bytes(b"whatever it is")
     assert_refused(["--model", directory, "--results", tmp_path / "rows.csv"], "pickled", capsys)
-    config, weights = benchmark.find_model(str(directory), "random")
+    config, weights = find_model(str(directory), "random")
     assert weights is None and config.model_type == "resnet"
 
 

@@ -12,13 +12,16 @@ import time
 
 import numpy as np
 import pytest
-import timers
 import torch
-from conftest import ROOT, read_csv
 from tabulate import tabulate
-from test_model import make_case
 
 import benchmark
+import timers
+from conftest import ROOT, make_case, read_csv
+from harness.architectures import builtin_config
+from harness.case import arithmetic
+from harness.models import find_model, find_model_class
+from harness.weights import load_on_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 CUDA = "cuda:0"
@@ -92,12 +95,15 @@ def test_two_runs_agree(command, tmp_path):
 # What a user would write to time the first run; the process that starts it reads the clock when a line comes.
 FIRST_RUN = """
 import sys, torch, benchmark
-from test_model import make_case
+from conftest import make_case
+from harness.architectures import builtin_config
+from harness.case import arithmetic
+from harness.weights import load_on_device
 function, import_compiler = benchmark.TEST_ITEMS[sys.argv[1]]
 import_compiler("fp32")
-case = make_case(benchmark.builtin_config("microsoft/resnet-50"), device="cuda:0")
-with torch.no_grad(), benchmark.arithmetic("fp32") as dtype:
-    model, inputs = benchmark.load_on_device(case, dtype)
+case = make_case(builtin_config("microsoft/resnet-50"), device="cuda:0")
+with torch.no_grad(), arithmetic("fp32") as dtype:
+    model, inputs = load_on_device(case, dtype)
     torch.cuda.synchronize()
     print("loaded", flush=True)
     function(model, inputs, case)()
@@ -144,9 +150,9 @@ def test_peak_memory_of_known_weights(command, write_model, tmp_path):
             "intermediate_size": intermediate_size,
         }
         directory = write_model(fields, name=f"bert-{intermediate_size}")
-        config, _ = benchmark.find_model(str(directory), "random")
+        config, _ = find_model(str(directory), "random")
         with torch.device("meta"):
-            model = benchmark.find_model_class("bert", config)(config)
+            model = find_model_class("bert", config)(config)
         weights_mib[intermediate_size] = sum(p.numel() for p in model.parameters()) * 4 / 2**20
         arguments = ["--model", directory, "--seq-len", 8, "--iterations", 20, "--test-items", *items]
         rows = rows_of(command, tmp_path / f"{intermediate_size}.csv", *arguments)
@@ -198,10 +204,10 @@ def test_tuner_against_the_stock_one(command, tmp_path):
 @torch.no_grad()
 def test_founding_mistakes():
     """Timing torch.compile() itself, and TVM without waiting for the GPU, each beside the right number."""
-    case = make_case(benchmark.builtin_config("microsoft/resnet-50"), batch_size=16, device=CUDA)
+    case = make_case(builtin_config("microsoft/resnet-50"), batch_size=16, device=CUDA)
     benchmark.import_inductor("fp32")
-    with benchmark.arithmetic("fp32") as dtype:
-        model, inputs = benchmark.load_on_device(case, dtype)
+    with arithmetic("fp32") as dtype:
+        model, inputs = load_on_device(case, dtype)
         torch.cuda.synchronize()
         start = time.perf_counter()
         compiled = torch.compile(model)

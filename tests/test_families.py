@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT, read_csv
 
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 99}
@@ -71,7 +72,8 @@ SCRIPT = f"""
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 import benchmark
-benchmark.import_tvm("fp32")  # else every forked item would
+from tvm_items.imports import import_tvm
+import_tvm("fp32")  # else every forked item would
 for arguments in json.loads(sys.argv[1]):
     try:
         print(arguments, benchmark.main(arguments), flush=True)

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import TINY_RESNET, read_csv
-from test_model import make_case
 
 import benchmark
+from conftest import TINY_RESNET, make_case, read_csv
+from harness.case import arithmetic
+from harness.check import output_arrays, relative_error
+from harness.models import find_model
+from harness.weights import load_on_device
+from tvm_items.imports import import_tvm
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda:0"
@@ -60,16 +64,16 @@ def test_out_of_memory_is_a_failed_row(command, write_model, tmp_path):
 
 def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
     """A change of the input in place is seen by the next replay, so neither was it copied nor is a result cached."""
-    benchmark.import_tvm("fp32")
-    config, _ = benchmark.find_model(str(write_model()), "random")
+    import_tvm("fp32")
+    config, _ = find_model(str(write_model()), "random")
     case = make_case(config, device=CUDA)
-    with benchmark.arithmetic("fp32") as dtype, torch.no_grad():
-        model, inputs = benchmark.load_on_device(case, dtype)
+    with arithmetic("fp32") as dtype, torch.no_grad():
+        model, inputs = load_on_device(case, dtype)
         expected = []
         for factor in (1, -0.5):
-            expected.append(benchmark.output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))
+            expected.append(output_arrays(model(pixel_values=inputs["pixel_values"] * factor)))
         run = benchmark.tvm_default(model, inputs, case)
         for factor, reference in zip((1, -0.5), expected):
             inputs["pixel_values"].mul_(factor)
             for _ in range(3):
-                assert benchmark.relative_error(benchmark.output_arrays(run()), reference) < 1e-5
+                assert relative_error(output_arrays(run()), reference) < 1e-5

@@ -11,9 +11,8 @@ import sys
 import time
 
 import pytest
-from conftest import QUICK, ROOT, TINY_RESNET, process_list, read_csv
 
-import benchmark
+from conftest import QUICK, ROOT, TINY_RESNET, process_list, read_csv
 
 KILLS = int(os.environ.get("KILLS", 1))  # docs/sweeps.md has what KILLS=200 gave
 VARIABLES = {"PYTHON": sys.executable, "RESULTS": "rows.csv"}
@@ -46,40 +45,6 @@ def test_resume_and_retry(sweep, tmp_path):
     done = sweep(RETRY="failed")
     assert done.returncode == 0 and batch_sizes(rows) == ["1", "2", "1"]
     assert f"already in {rows}: torch (ok)" in done.stdout
-
-
-def test_what_counts_as_the_same_run(tmp_path):
-    path = tmp_path / "rows.csv"
-    row = {name: f"a {name}" for name in benchmark.COLUMNS} | {"test_item": "torch", "status": "failed"}
-    assert benchmark.find_statuses(path, row) == {}
-    benchmark.append_row(path, row)
-    benchmark.append_row(path, row | {"status": "ok"}, unless=("failed",))  # another process was first
-    benchmark.append_row(path, row | {"test_item": "tvm"})
-    assert benchmark.find_statuses(path, row) == {"torch": "failed", "tvm": "failed"}
-    benchmark.append_row(path, row | {"status": "ok", "infer_time_mean_ms": 1.5}, unless=("ok",))
-    assert benchmark.find_statuses(path, row) == {"torch": "ok", "tvm": "failed"}
-    for name in benchmark.SAME_CASE:
-        assert benchmark.find_statuses(path, row | {name: "other"}) == {}
-    for name in ("compile_time_s", "timestamp_utc", "warnings", "concurrent_cases", "driver_version"):
-        assert benchmark.find_statuses(path, row | {name: "other"}) != {}
-
-
-def test_a_half_written_line_is_cut_off_and_a_whole_one_is_kept(tmp_path):
-    path = tmp_path / "rows.csv"
-    rows = [{name: f"{name} {number}" for name in benchmark.COLUMNS} for number in range(3)]
-    benchmark.append_row(path, rows[0])
-    whole = path.read_text()
-    path.write_text(whole.rstrip("\n"))  # as an editor may save it
-    benchmark.append_row(path, rows[1])
-    assert path.read_text() == whole + whole.splitlines()[1].replace(" 0", " 1") + "\n"
-    kept = path.read_text()
-    for end in (1, len(whole) // 4, 2):  # of the line that the power failure left
-        path.write_text(kept + whole.splitlines()[1][:-end])
-        assert benchmark.find_statuses(path, rows[0]) == {"test_item 0": "status 0"}
-        benchmark.append_row(path, rows[2])
-        lines = path.read_text().splitlines()
-        assert path.read_text().endswith(" 2\n")
-        assert [line.count(",") for line in lines] == [lines[0].count(",")] * len(lines)
 
 
 def test_list_prints_a_command_line_a_case(sweep, write_model, tmp_path):

@@ -6,9 +6,9 @@ import shutil
 import sys
 
 import pytest
-from conftest import QUICK, ROOT, read_csv
 
-import benchmark
+from conftest import QUICK, ROOT, read_csv
+from harness.rows import COLUMNS
 
 ENVIRONMENT = {"PYTHON": sys.executable}
 
@@ -88,12 +88,13 @@ def project(tmp_path):
     copy = tmp_path / "project"
     (copy / "docs").mkdir(parents=True)
     (copy / "results").mkdir()
+    shutil.copytree(ROOT / "harness", copy / "harness")
     for name in ("plot.py", "README.md", "docs/README.zh-CN.md", "docs/coverage.md"):
         shutil.copy(ROOT / name, copy / name)
 
     def write(rows, name="results/benchmark.csv"):
         with (copy / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, benchmark.COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
 
@@ -179,7 +180,7 @@ def test_plot_keeps_input_sizes_apart_and_takes_several_files(command, project):
         (None, "cannot be read"),
         ("", "cannot be read"),
         ("a,b\n1,2\n", "no column"),
-        (",".join(benchmark.COLUMNS) + "\n", "no rows yet"),
+        (",".join(COLUMNS) + "\n", "no rows yet"),
     ],
 )
 def test_plot_refuses_what_is_no_result(command, content, says, tmp_path):

@@ -16,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_model import make_case
 
 import benchmark
+from conftest import make_case
+from harness.architectures import builtin_config
+from harness.case import arithmetic
+from harness.weights import load_on_device
 
 CUDA = "cuda:0"
 
@@ -34,8 +37,8 @@ def build(model, batch_size, item):
     function, import_compiler = benchmark.TEST_ITEMS[item]
     if import_compiler:
         import_compiler("fp32")
-    case = make_case(benchmark.builtin_config(model), batch_size=batch_size, device=CUDA)
-    run = function(*benchmark.load_on_device(case, torch.float32), case)
+    case = make_case(builtin_config(model), batch_size=batch_size, device=CUDA)
+    run = function(*load_on_device(case, torch.float32), case)
     run()
     torch.cuda.synchronize()
     return run
@@ -102,7 +105,7 @@ def main(model, *items):
     # Triton's L2 flush between runs is taken out: the benchmark does not flush.
     triton.runtime.driver.active.clear_cache = lambda cache: None
     cases = [(model, batch_size, item) for batch_size in (1, 16) for item in items]
-    with torch.no_grad(), benchmark.arithmetic("fp32"):
+    with torch.no_grad(), arithmetic("fp32"):
         try:
             rows = time_with_nvbench(cases)
         except ImportError:  # no cuda-bench

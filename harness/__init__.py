@@ -1,0 +1,1 @@
+"""What every test item needs, whatever compiler it is of: cases, models, inputs, checks, processes and rows."""

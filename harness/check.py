@@ -1,0 +1,39 @@
+"""Whether an output is right: its relative error against that of eager PyTorch in fp32."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def output_arrays(outputs):
+    """Returns the floating-point tensors of a model's outputs, in order, as fp32 NumPy arrays of their own.
+
+    outputs: a tensor of PyTorch or TVM on any device, or a dict or sequence of outputs; integers and None are left out.
+    """
+    if outputs is None:
+        return []
+    if hasattr(outputs, "__dlpack__"):
+        tensor = torch.from_dlpack(outputs)
+        return [tensor.detach().float().cpu().numpy().copy()] if tensor.is_floating_point() else []
+    parts = outputs.values() if isinstance(outputs, dict) else outputs
+    return [array for part in parts for array in output_arrays(part)]
+
+
+def relative_error(outputs, reference):
+    """Returns the largest ||out - ref|| / ||ref|| over pairs of arrays, in float64; inf where shapes or values are off.
+
+    Raises ValueError where a reference says nothing: none at all, not finite, or all zero.
+    """
+    if not reference:
+        raise ValueError("the reference has no floating-point output")
+    if [array.shape for array in outputs] != [array.shape for array in reference]:
+        return math.inf
+    errors = []
+    for out, ref in zip(outputs, reference, strict=True):
+        norm = np.linalg.norm(ref.astype(np.float64))
+        if not (np.isfinite(norm) and norm > 0):
+            raise ValueError("the reference is not finite" if norm != 0 else "the reference is all zero")
+        error = np.linalg.norm(out.astype(np.float64) - ref) / norm
+        errors.append(error if np.isfinite(error) else math.inf)
+    return float(max(errors))

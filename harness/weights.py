@@ -1,0 +1,166 @@
+"""A case's model with its weights: loaded from safetensors, or random ones that keep the signal's size."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+
+import torch
+
+from harness.case import SEED
+from harness.check import output_arrays, relative_error
+from harness.errors import UserError, one_line
+from harness.inputs import make_inputs
+
+# Random weights by which a small relative change of the inputs grows more than this are not what training gives.
+MAX_CHANGE_GROWTH = 4
+
+
+def load_on_device(case, dtype):
+    """Returns the case's model and inputs on its device, with weights and floating-point inputs in `dtype`."""
+    try:
+        model = load_model(case)
+    except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
+        raise UserError(f"{case.model_name} cannot be loaded: {one_line(error)}") from error
+    inputs = make_inputs(case)
+    if case.device != "cpu":
+        torch.cuda.set_device(case.device)
+    model = model.to(case.device, dtype)
+    return model, {
+        name: tensor.to(case.device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+    }
+
+
+def load_model(case):
+    """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients."""
+    for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
+        config.return_dict, config.use_cache = True, False
+    from_pretrained = functools.partial(case.model_class.from_pretrained, dtype=torch.float32)
+    torch.manual_seed(SEED)  # a head that a checkpoint may lack
+    if case.weights == "pretrained":
+        model = from_pretrained(case.weights_dir, use_safetensors=True)
+    elif case.made_weights and os.path.getsize(case.made_weights):
+        made = torch.load(case.made_weights, mmap=True, weights_only=True)
+        if case.device == "cpu":  # nothing is computed on pages of a mapped file
+            made = {name: tensor.clone() for name, tensor in made.items()}
+        model = from_pretrained(None, config=case.config, state_dict=made)
+    else:
+        model = make_random_model(case)
+        if case.made_weights:
+            torch.serialization.set_crc32_options(False)  # most of the time of writing gigabytes
+            torch.save(model.state_dict(), case.made_weights)
+    return model.eval().requires_grad_(False)
+
+
+def make_random_model(case):
+    """Returns the case's model with seeded random weights that keep the signal's size and small changes small.
+
+    Some layers are small for a reason: T5 has small queries instead of a 1/sqrt(d), and with larger ones its softmax
+    makes small changes 200 times larger. So outputs of every size up to 1 are left alone in a second try.
+    """
+    inputs = make_inputs(dataclasses.replace(case, batch_size=1))
+    for smallest_std in (1, 1 / 16):
+        torch.manual_seed(SEED)
+        model = case.model_class(case.config).float().eval().requires_grad_(False)
+        if keep_signal_size(model, inputs, smallest_std) <= MAX_CHANGE_GROWTH:
+            break
+    return model.train()  # drops what LeViT keeps from a run in evaluation mode: its biases in that run's dtype
+
+
+@torch.no_grad()
+def keep_signal_size(model, inputs, smallest_std):
+    """Rescales random weights in place so that every layer's output on `inputs` has standard deviation 1.
+
+    Or one between `smallest_std` and 1, which is left alone. Returns the growth_of_a_change() that is left.
+
+    The libraries' own initialisations shrink or blow up the signal over many layers, or switch whole blocks off
+    (ConvNeXt multiplies each block by 1e-6), and then rel_error sees nothing. This is layer-sequential unit variance
+    (Mishkin and Matas, arXiv:1511.06422) in one forward pass.
+
+    BatchNorm gets statistics of what it is fed, as training would give it: without, the channels' means can drown what
+    comes from the input. But taking the whole mean away makes some networks blow up rounding errors layer by layer
+    (Yang et al., arXiv:1902.08129), more than trained ones do: as much of it goes as leaves small changes small.
+    """
+    add_noise_to_constants(model)
+    layers = [module for module in model.modules() if has_matrix(module)]
+    norms = [module for module in model.modules() if has_running_statistics(module)]
+    for share_of_mean in (1, 1 / 8, 0) if norms else (1,):
+        rescale = functools.partial(rescale_layer, smallest_std)
+        hooks = [layer.register_forward_hook(rescale) for layer in layers]
+        hooks += [norm.register_forward_pre_hook(functools.partial(take_statistics, share_of_mean)) for norm in norms]
+        model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        growth = growth_of_a_change(model, inputs)
+        if growth <= MAX_CHANGE_GROWTH:
+            break
+    return growth
+
+
+def add_noise_to_constants(model):
+    """Adds noise to parameters that start as a constant (biases, norm and layer scales): else they may do nothing."""
+    for parameter in model.parameters():
+        if not parameter.numel():  # DINOv3's register tokens where it has none
+            continue
+        constant = parameter.flatten()[0].item()
+        if constant == 0 and not parameter.any():
+            parameter.normal_(0, 0.02)
+        elif parameter.ndim == 1 and (parameter == constant).all():
+            parameter.normal_(1, 0.1)
+
+
+def has_matrix(module):
+    """Returns whether a module multiplies by a weight: whether its output's size is its weight's."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.nn.Parameter) and weight.ndim >= 2 and not isinstance(module, torch.nn.Embedding)
+
+
+def has_running_statistics(module):
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+
+
+def rescale_layer(smallest_std, module, _, output):
+    """Divides a layer's weights and its output by the output's standard deviation; a forward hook."""
+    if not isinstance(output, torch.Tensor):  # a router of experts, say
+        return output
+    scale = output.std()
+    if smallest_std <= scale <= 1 or not (scale > 0 and scale.isfinite()):
+        return output
+    module.weight.div_(scale)
+    if getattr(module, "bias", None) is not None:
+        module.bias.div_(scale)
+    return output / scale
+
+
+def take_statistics(share_of_mean, module, arguments):
+    """Gives a BatchNorm the statistics of what it is fed, with a share of the channels' means; a forward pre-hook."""
+    features = arguments[0].movedim(1, 0).flatten(1)  # (channels, everything else)
+    if features.shape[1] > 1:
+        module.running_mean.copy_(share_of_mean * features.mean(1))
+        module.running_var.fill_((features - module.running_mean[:, None]).square().mean())
+
+
+def growth_of_a_change(model, inputs, size=1e-3):
+    """Returns how many times more the output changes than what goes in, relatively, when noise multiplies that.
+
+    size: relative standard deviation of the noise. What goes in are inputs of numbers, and the embeddings of ids.
+    """
+    generator = torch.Generator().manual_seed(SEED + 1)  # not the noise that the inputs are made of
+
+    def change(tensor):
+        return tensor * (1 + size * torch.randn(tensor.shape, generator=generator))
+
+    reference = output_arrays(model(**inputs))
+    hooks = [
+        module.register_forward_hook(lambda module, arguments, embedded: change(embedded))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding)
+    ]
+    changed = {name: change(tensor) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    outputs = output_arrays(model(**changed))
+    for hook in hooks:
+        hook.remove()
+    with contextlib.suppress(ValueError):  # an output that says nothing: the check of every item will say so
+        return relative_error(outputs, reference) / size
+    return math.inf

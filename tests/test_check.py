@@ -1,0 +1,32 @@
+"""The relative error, and which outputs count."""
+
+import numpy as np
+import pytest
+import torch
+
+from harness.check import output_arrays, relative_error
+
+
+def test_relative_error():
+    reference = [np.array([3.0, 4.0], np.float32), np.array([[1.0]], np.float32)]
+    assert relative_error(reference, reference) == 0
+    assert relative_error([reference[0], reference[1] * 1.5], reference) == 0.5  # the worst output counts
+    assert relative_error([np.array([3.0, 4.5], np.float32), reference[1]], reference) == pytest.approx(0.1)
+    assert relative_error([np.full(2, np.nan, np.float32), reference[1]], reference) == np.inf
+    assert relative_error(reference[:1], reference) == np.inf
+    for useless in ([], [np.zeros(3, np.float32)], [np.array([1, np.inf], np.float32)]):
+        with pytest.raises(ValueError, match="the reference"):
+            relative_error(useless, useless)
+
+
+def test_output_arrays_takes_every_floating_point_output_in_order():
+    class Output(dict):
+        pass
+
+    outputs = Output(
+        logits=torch.ones(2, dtype=torch.bfloat16),
+        none=None,
+        ids=torch.ones(1, dtype=torch.long),
+        hidden=(torch.zeros(1), [torch.full((3,), 2.0)]),
+    )
+    assert [array.tolist() for array in output_arrays(outputs)] == [[1, 1], [0], [2, 2, 2]]

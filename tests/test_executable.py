@@ -1,0 +1,24 @@
+"""What is timed of TVM's: buffers that are shared, not copied."""
+
+import pytest
+from transformers import ResNetConfig
+
+import benchmark
+from conftest import TINY_RESNET, make_case
+from harness.check import output_arrays, relative_error
+from harness.inputs import make_inputs
+from harness.weights import load_model
+
+pytestmark = pytest.mark.usefixtures("tvm")
+
+
+def test_weights_and_inputs_are_bound_once_and_inputs_are_shared():
+    """A change of the input tensor in place is seen by the next call: nothing was copied, nothing is passed again."""
+    config = ResNetConfig(**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})
+    case = make_case(config)
+    model, inputs = load_model(case), make_inputs(case)
+    run = benchmark.tvm_default(model, inputs, case)
+    for _ in range(2):
+        expected = output_arrays(model(**inputs))
+        assert relative_error(output_arrays(run()), expected) < 1e-5
+        inputs["pixel_values"].mul_(-0.5).add_(0.1)

@@ -1,0 +1,74 @@
+"""What is rewritten before TVM's importer, and the dtypes that it gives: models with what it refuses or gets wrong."""
+
+import pytest
+import torch
+from transformers import ResNetConfig
+
+import benchmark
+from conftest import make_case
+from harness.check import output_arrays, relative_error
+
+pytestmark = pytest.mark.usefixtures("tvm")
+
+
+def test_what_is_rewritten_before_the_import():
+    """What TVM's importer refuses or gets wrong.
+
+    Logarithms of integers, booleans plus integers, a number less integers, index -1, any().
+    """
+
+    class Awkward(torch.nn.Module):
+        main_input_name = "pixel_values"
+
+        def forward(self, pixel_values):
+            positive = pixel_values > 0
+            guarded = torch.where(pixel_values.isinf().any(), 0, pixel_values[:, -1, None])
+            return torch.log(positive.long() + 1) + (positive + positive.int()) / 3 + (1.0 - positive.long()) + guarded
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Awkward(), inputs, make_case(ResNetConfig()))
+    for overflow in (False, True):
+        if overflow:
+            inputs["pixel_values"][0, 1] = torch.inf
+        assert relative_error(output_arrays(run()), [Awkward()(**inputs).numpy()]) < 1e-6
+
+
+def test_an_if_on_values_is_exported():
+    """As in BART, which clamps what overflows in fp16."""
+
+    class Clamped(torch.nn.Module):
+        def forward(self, pixel_values):
+            if not torch.isfinite(pixel_values).all():
+                pixel_values = pixel_values.clamp(-9, 9)
+            return pixel_values * 2
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Clamped(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), [2 * inputs["pixel_values"].numpy()]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_operators_keep_their_dtype(dtype):
+    """A bias behind a convolution and a matrix product, a gate on what BatchNorm gives, other norms, in one dtype."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+            self.gate, self.linear = torch.nn.Conv2d(8, 8, 1), torch.nn.Linear(32, 4)
+            self.group_norm, self.layer_norm = torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(32)
+
+        def forward(self, pixel_values):
+            features = self.norm(self.convolution(pixel_values))
+            features = self.group_norm(features * self.gate(features).sigmoid())
+            features = self.layer_norm(features.flatten(1))
+            return self.linear(features / features.norm(dim=-1, keepdim=True))
+
+    model = Gated().eval().to(dtype)
+    inputs = {"pixel_values": torch.randn(2, 3, 4, 4).to(dtype)}
+    with torch.no_grad():
+        run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+        (output,) = run()
+        assert output.dtype == str(dtype).removeprefix("torch.")
+        error = relative_error(output_arrays(output), [model(**inputs).float().numpy()])
+    assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]

@@ -1,0 +1,66 @@
+"""What a module has become before it is tuned: what fuses, and in which order its tensors are in memory."""
+
+import re
+
+import torch
+
+from tvm_items.importer import export_for_tvm
+from tvm_items.relax_module import tuned_module
+
+
+class Block(torch.nn.Module):
+    """What follows a Linear layer: a Transformer's residual, and ConvNeXt's layer scale, permutation and residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.downsampled, self.convolution = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = torch.nn.LayerNorm(8)
+        self.wide, self.narrow = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+        self.scale = torch.nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        y = self.downsampled(x).permute(0, 2, 3, 1).contiguous()
+        y = y + self.narrow(torch.nn.functional.gelu(self.wide(self.norm(y))))
+        x = y.permute(0, 3, 1, 2)
+        y = self.norm(self.convolution(x).permute(0, 2, 3, 1))
+        y = self.scale * self.narrow(torch.nn.functional.gelu(self.wide(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def test_what_follows_a_matrix_product_fuses_with_it(tvm):
+    torch.manual_seed(0)
+    model, x = Block().eval(), torch.randn(2, 3, 6, 6)
+    exported = export_for_tvm(model, {"x": x})
+    module, _ = tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
+    torch.testing.assert_close(exported.module()(x=x), model(x))
+    names = re.findall(r"call_tir\((\w+),", re.sub(r"\d+", "", module["main"].script()))
+    assert sorted(names) == [
+        "fused_convd_add",
+        "fused_convd_add",
+        "fused_matmul_add_add",
+        "fused_matmul_add_gelu",
+        "fused_matmul_add_gelu",
+        "fused_matmul_add_multiply_add",
+        "fused_reshape_transpose",
+        "layer_norm",
+        "layer_norm",
+        "transpose",
+    ]
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.convolution(x).mean((-1, -2), keepdim=True).squeeze(-2)
+
+
+@torch.no_grad()
+def test_convolutions_become_channels_last_before_a_squeeze(tvm):
+    """With an axis counted from the end TVM's pass would run out of memory, as it does on Swin."""
+    exported = export_for_tvm(Pooled(), {"x": torch.randn(1, 3, 8, 8)})
+    module, _ = tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
+    assert "conv2d_nhwc" in module.script()

@@ -1,0 +1,44 @@
+"""Which candidates of a task are measured next."""
+
+from conftest import H200
+from products import make_product
+from tvm_items.database import RECORD, read_siblings, write_database
+from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Trial, find_open_spaces, search
+from tvm_items.spaces import DesignSpaces
+
+
+def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():
+    def trials(space, *seconds):
+        return [Trial(space, [], s, None) for s in seconds]
+
+    assert find_open_spaces(2, []) == [0, 1]
+    few = trials(0, *[1.0] * 20) + trials(1, *[9.0] * (MIN_TRIALS_OF_A_SPACE - 1))
+    assert find_open_spaces(2, few) == [0, 1]
+    assert find_open_spaces(2, few + trials(1, 9.0)) == [0]
+    assert find_open_spaces(2, few + trials(1, 2.5)) == [0, 1]
+    assert find_open_spaces(2, few + trials(1, 2.5, *[9.0] * 20)) == [0]
+    assert find_open_spaces(2, trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
+
+
+def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm, tmp_path):
+    arguments = tvm.ir.save_json(make_product(rows=32)), H200
+    spaces = DesignSpaces(*arguments)
+    found = search(*arguments, [], [], 16, 1)
+    space, decisions, _ = next(candidate for candidate in found if spaces[candidate.space].split == 0)
+    database = {"origin": "here", "tune_time_s": 1.0, "tune_trials": 1, "asked_trials": 1}
+    database["records"] = [dict(zip(RECORD, ("hash", "product", space, decisions, 1e-6, 2e-6)))]
+    path = tmp_path / "model.x=96x128.fp32"
+    others = ("model.x=32x128.fp32", "model.x=32x128.fp16", "model.x.x=32x128.fp32", "model.x=96x128.fp32")
+    for name in others:
+        write_database(tmp_path / name, database)
+    write_database(tmp_path / "model.x=1x128.fp32", database | {"origin": "there"})
+    siblings = read_siblings(path, "here")
+    assert siblings == {"product": [(space, decisions)]}  # not of another precision, model or device, and not its own
+
+    module = tvm.ir.save_json(make_product(rows=96))
+    found = [candidate[:2] for candidate in search(module, H200, [], siblings["product"], 16, 1)]
+    rows, *rest = decisions
+    assert len(found) == 16 and (space, [[3 * rows[0], *rows[1:]], *rest]) in found
+    spaces = DesignSpaces(module, H200)
+    assert spaces.adapt(space, [[1, 64, 1, 1, 1], *rest]) is None  # 64 do not divide 96
+    assert spaces.adapt(space, rest) is None and spaces.adapt(len(spaces), decisions) is None

@@ -1,0 +1,80 @@
+"""The Relax module, made better to tune: one TIR function for each distinct fused operator, channels last."""
+
+from tvm_items.graph import simplify
+from tvm_items.importer import import_to_relax
+
+
+def tuned_module(exported, target):
+    """Returns (prepared Relax module, the model's weights as TVM tensors) of a decomposed ExportedProgram.
+
+    The module has a function for each task, not yet scheduled: prepare() says more. The program is changed.
+    """
+    simplify(exported)
+    module, weights = import_to_relax(exported)
+    return prepare(module, target), weights
+
+
+def prepare(module, target):
+    """Returns the Relax module with one TIR function for each distinct fused operator, not yet scheduled.
+
+    Operators on weights alone go into a function of their own, main_transform_params, which is run once.
+    """
+    import tvm
+    from tvm import relax
+
+    passes = [
+        relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
+        cancel_permutations(),
+        relax.transform.LiftTransformParams(),
+        *relax.pipeline.library_dispatch_passes(target),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune
+    ]
+    with target, tvm.transform.PassContext(opt_level=3):
+        return tvm.transform.Sequential(passes)(module)
+
+
+def cancel_permutations():
+    """Returns a pass that makes one of two permutations in a row, and nothing of one that changes nothing."""
+    import tvm
+    from tvm import relax
+    from tvm.relax.dpl import is_op, rewrite_call, wildcard
+
+    inner = is_op("relax.permute_dims")(wildcard())
+    outer = is_op("relax.permute_dims")(inner)
+
+    def merge_two(call, matched):
+        first = matched[inner]
+        first_axes = axes_of(first)
+        return permute(first.args[0], [first_axes[axis] for axis in axes_of(call)])
+
+    def drop_identity(call, matched):
+        return permute(call.args[0], axes_of(call))
+
+    @tvm.ir.transform.module_pass(opt_level=0)
+    def cancel(module, _):
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function):
+                merged = rewrite_call(outer, merge_two, function)
+                module.update_func(name, rewrite_call(inner, drop_identity, merged))
+        return relax.transform.DeadCodeElimination(["main"])(module)
+
+    return cancel
+
+
+def axes_of(permutation):
+    """Returns the axes of a call of permute_dims, which without any reverses them all."""
+    if permutation.attrs.axes:
+        return [int(axis) for axis in permutation.attrs.axes]
+    return list(reversed(range(permutation.args[0].ty.ndim)))
+
+
+def permute(source, axes):
+    """Returns the Relax expression `source` with its axes in this order: itself where that is theirs."""
+    from tvm import relax
+
+    return source if axes == sorted(axes) else relax.op.permute_dims(source, axes)

@@ -1,0 +1,181 @@
+"""The search: which candidates of a task to measure next, by evolution and a cost model.
+
+The cost model is MetaSchedule's (Shao et al., arXiv:2205.13603): boosted trees on the features of a schedule.
+"""
+
+import collections
+import itertools
+import json
+import math
+import random
+import typing
+
+import numpy as np
+
+from tvm_items.decisions import mutate, random_decisions
+from tvm_items.spaces import cached_design_spaces
+
+ROUND_SIZE = 16  # candidates of a task that are measured between two searches
+POPULATION_SIZE = 48  # valid candidates that the cost model ranks for them
+PARENTS_PER_SPACE = 8  # best candidates of a design space so far, that new ones are mutated from
+MIN_TRIALS_OF_A_SPACE = 4  # before a design space may be given up, and
+SLOWDOWN_AFTER_ONE_TRIAL = 8  # how much slower than the best it may be, relatively: find_open_spaces()
+RANDOM_SHARE = 0.25  # of the population: not mutated from anything
+FAVOURITES_SHARE = 0.9  # of a round: the cost model's favourites; the rest is drawn from the population at random
+MAX_DRAWS = 10_000  # of random decisions, until some fit
+
+
+class Candidate(typing.NamedTuple):
+    """A way to schedule a task that can be built."""
+
+    space: int  # the number of one of the task's design spaces
+    decisions: list  # on its sampling instructions: see decisions.py
+    features: np.ndarray  # what the cost model sees: fp32 (stores, features)
+
+
+class Trial(typing.NamedTuple):
+    """A candidate that was measured."""
+
+    space: int
+    decisions: list
+    seconds: float | None  # None where it failed
+    features: np.ndarray | None  # None where an earlier run measured it
+
+
+def search(module_json, target_json, trials, relatives, count, seed):
+    """Returns up to `count` new Candidates of a task, the most promising first.
+
+    module_json: the task's. trials: its Trials so far. relatives: the best (space, decisions) of other tasks, the
+    likeliest first. Where they fit as they are, they are tried: a network has convolutions that differ in a stride or
+    in what is fused with them, and in nothing else. Adapted to other extents they only take part; until there is a cost
+    model, in front. The evolution keeps no state but that, so that any process can go on with any task.
+    """
+    spaces, rng = cached_design_spaces(module_json, target_json), random.Random(seed)
+    # In fp32 fits() lets hardly anything pass that TVM refuses. Of candidates for tensor cores it is one in ten.
+    population = Population(spaces, rng, trials, verify_all="float16" in module_json)
+    borrowed = population.borrow(relatives, count)
+    open_spaces = find_open_spaces(len(spaces), trials)
+    population.grow(open_spaces)
+    scores = predict([trial for trial in trials if trial.features is not None], population.candidates)
+    return choose_round(population.candidates, scores, borrowed, open_spaces, count, rng)
+
+
+class Population:
+    """Valid candidates of a task, none of which was measured before."""
+
+    def __init__(self, spaces, rng, trials, verify_all):
+        self.spaces, self.rng, self.verify_all = spaces, rng, verify_all
+        self.candidates = []
+        self.known = {candidate_key(trial.space, trial.decisions) for trial in trials}
+        self.parents = find_parents(len(spaces), trials)
+
+    def borrow(self, relatives, count):
+        """Adds what fits of `relatives`; returns the indices of those, at most `count`, that fit as they are."""
+        borrowed = []
+        for space, decisions in relatives:
+            adapted = self.spaces.adapt(space, decisions)
+            is_full = len(self.candidates) >= POPULATION_SIZE // 2
+            if adapted is None or candidate_key(space, adapted) in self.known or is_full:
+                continue
+            is_added = self.add(space, adapted)
+            if is_added and adapted == decisions and len(borrowed) < count:
+                borrowed.append(len(self.candidates) - 1)
+        return borrowed
+
+    def grow(self, open_spaces):
+        """Adds new candidates of the open design spaces in turns, until the population has its size or none is new."""
+        to_draw_from = collections.deque(open_spaces)
+        for _ in range(4 * POPULATION_SIZE):
+            if len(self.candidates) >= POPULATION_SIZE or not to_draw_from:
+                break
+            space = to_draw_from.popleft()
+            decisions = self.draw(space)
+            if decisions is not None:
+                self.add(space, decisions)
+                to_draw_from.append(space)
+
+    def draw(self, space):
+        """Returns decisions that fit and are not known, mutated or at random; None where none were found."""
+        choices, parents, rng = self.spaces[space].choices, self.parents[space], self.rng
+        for _ in range(MAX_DRAWS):
+            if parents and rng.random() > RANDOM_SHARE:
+                rank = int(rng.expovariate(0.5))  # the best one is the likeliest
+                decisions = mutate(choices, parents[min(rank, len(parents) - 1)], rng)
+            else:
+                decisions = random_decisions(choices, rng)
+            if self.spaces[space].fits(decisions) and candidate_key(space, decisions) not in self.known:
+                return decisions
+        return None
+
+    def add(self, space, decisions):
+        """Adds a candidate, where the target allows it and what TVM draws for it is new; returns whether it did."""
+        self.known.add(candidate_key(space, decisions))
+        verify = self.verify_all or not self.spaces[space].operands
+        realized = self.spaces.realize(space, decisions, seed=self.rng.randrange(1, 2**31), verify=verify)
+        if realized is None:
+            return False
+        schedule, made = realized
+        if made != decisions and candidate_key(space, made) in self.known:
+            return False
+        self.known.add(candidate_key(space, made))
+        self.candidates.append(Candidate(space, made, self.spaces.features(schedule)))
+        return True
+
+
+def candidate_key(space, decisions):
+    return json.dumps([space, decisions])
+
+
+def find_parents(count, trials):
+    """Returns for each of `count` design spaces the decisions of its best trials, fastest first."""
+    fastest = sorted((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds)
+    return [[trial.decisions for trial in fastest if trial.space == i][:PARENTS_PER_SPACE] for i in range(count)]
+
+
+def find_open_spaces(count, trials):
+    """Returns the numbers of the design spaces, of `count`, that are worth more trials.
+
+    Those are hardly explored, or nearly as good as the best. Each of them gets an equal share of a round: the cost
+    model alone settles on the first space that looks good, and the other one may be three times faster once its tiles
+    are right. The more candidates a space has had, the closer must its best one be.
+    """
+    measured = [[trial.seconds or math.inf for trial in trials if trial.space == i] for i in range(count)]
+    best = min(itertools.chain(*measured), default=math.inf)
+
+    def is_open(times):
+        if len(times) < MIN_TRIALS_OF_A_SPACE:
+            return True
+        return min(times) <= best * (1 + SLOWDOWN_AFTER_ONE_TRIAL / len(times))
+
+    return [i for i, times in enumerate(measured) if is_open(times)]
+
+
+def predict(trials, candidates):
+    """Returns a score for each of `candidates`, higher for faster, by TVM's boosted trees.
+
+    trials: those with features, which the trees are trained on. All scores are 0 where that is less than a round.
+    """
+    from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig, XGBModel
+
+    best_s = min((trial.seconds for trial in trials if trial.seconds), default=None)
+    if best_s is None or len(trials) < ROUND_SIZE or not candidates:
+        return [0.0] * len(candidates)
+    model = XGBModel(config=XGBConfig(nthread=1), num_warmup_samples=0)
+    labels = np.array([best_s / trial.seconds if trial.seconds else 0.0 for trial in trials], dtype="float32")
+    # Below its public methods, which would extract the features of everything measured anew at each search.
+    model._train([trial.features for trial in trials], labels)
+    return model._predict([candidate.features for candidate in candidates])
+
+
+def choose_round(candidates, scores, borrowed, open_spaces, count, rng):
+    """Returns up to `count` of the candidates: those borrowed, then favourites by their scores, then some at random.
+
+    borrowed: indices. The favourites are taken from the open design spaces in turns.
+    """
+    ranking = sorted((i for i in range(len(candidates)) if i not in borrowed), key=lambda i: -scores[i])
+    by_space = [[i for i in ranking if candidates[i].space == space] for space in open_spaces]
+    in_turns = [i for turn in itertools.zip_longest(*by_space) for i in turn if i is not None]
+    chosen = borrowed + in_turns[: max(0, round(FAVOURITES_SHARE * count) - len(borrowed))]
+    rest = [i for i in in_turns if i not in chosen]
+    chosen += rng.sample(rest, min(len(rest), count - len(chosen)))
+    return [candidates[i] for i in chosen]
