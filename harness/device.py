@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import os
+import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from harness.errors import UserError
 from harness.processes import report
 
 OUTLIER_SHARE, DRIFT, CLOCK_DROP = 0.01, 0.02, 0.05  # above these a row gets a warning: see disturbances()
+OTHERS_SHARE, STEAL_SHARE, MIN_CPU_S = 0.03, 0.01, 0.05  # and above these: see cpu_disturbances()
 
 
 def synchronize(device):
@@ -30,7 +33,8 @@ def describe_device(choice):
     report("looking for the device")
     count = torch.cuda.device_count()
     if choice == "cpu" or (choice == "auto" and count == 0):
-        return {"device": "cpu", "device_name": f"{cpu_name()}, {torch.get_num_threads()} threads"}
+        threads = torch.get_num_threads()
+        return {"device": "cpu", "device_name": f"{cpu_name()}, {threads} threads", "cpu_threads": threads}
     kind, _, index = choice.partition(":")
     if choice != "auto" and (kind != "cuda" or not (index.isdecimal() or choice == "cuda")):
         raise UserError(f"--device takes auto, cuda, cuda:N or cpu, not {choice!r}")
@@ -44,6 +48,7 @@ def describe_device(choice):
     return {
         "device": device,
         "device_name": torch.cuda.get_device_name(device),
+        "cpu_threads": torch.get_num_threads(),
         "cuda_version": torch.version.cuda,
         "driver_version": Gpu(device).driver_version(),
     }
@@ -58,6 +63,40 @@ def cpu_name():
     return os.uname().machine
 
 
+def host_memory_bytes():
+    """Returns the memory that this machine, or the control group that this process is in, has for all of its processes.
+
+    Documentation/admin-guide/cgroup-v2.rst of Linux: memory.max; version 1 has memory.limit_in_bytes.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
+
+
+class CpuTimes(typing.NamedTuple):
+    """Seconds since some start: of the clock, and of CPU time on the CPUs that this process may run on."""
+
+    wall_s: float
+    busy_s: float  # of all processes and of the kernel
+    steal_s: float  # taken by the hypervisor for other machines
+    own_s: float  # of this process, all its threads
+
+    @classmethod
+    def read(cls):
+        """Returns the CpuTimes of now, None where the kernel does not tell them (man 5 proc: /proc/stat)."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+            cpus = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+            ticks = [list(map(int, row[1:9])) for row in rows if row and row[0] in cpus]
+            user, nice, system, _, _, irq, softirq, steal = (sum(column) for column in zip(*ticks, strict=True))
+            tick_s = 1 / os.sysconf("SC_CLK_TCK")
+            busy_s = (user + nice + system + irq + softirq) * tick_s
+            return cls(time.monotonic(), busy_s, steal * tick_s, time.process_time())
+        return None
+
+
 CLOCK_LIMITS = {
     pynvml.nvmlClocksEventReasonSwPowerCap: "power cap",
     pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
@@ -68,10 +107,13 @@ CLOCK_LIMITS = {
 
 
 class Gpu:
-    """NVML's view of one CUDA device; what the driver or the device does not offer reads as None."""
+    """NVML's view of one CUDA device; what the driver or the device does not offer reads as None.
+
+    Of the device "cpu" there is nothing but `cpu_times` in its state(), which no other device has.
+    """
 
     def __init__(self, device):
-        self.handle = None
+        self.device, self.handle = device, None
         if device != "cpu":
             with contextlib.suppress(pynvml.NVMLError):
                 pynvml.nvmlInit()
@@ -87,13 +129,17 @@ class Gpu:
         return pynvml.nvmlSystemGetDriverVersion() if self.handle else None
 
     def state(self):
-        """Returns energy_mj (since the driver was loaded), sm_clock_mhz, limits (names), processes (their number)."""
+        """Returns energy_mj (since the driver was loaded), sm_clock_mhz, limits (names), processes (their number).
+
+        And cpu_times, CpuTimes or None.
+        """
         reasons = self.ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons) or 0
         return {
             "energy_mj": self.ask(pynvml.nvmlDeviceGetTotalEnergyConsumption),
             "sm_clock_mhz": self.ask(pynvml.nvmlDeviceGetClockInfo, pynvml.NVML_CLOCK_SM),
             "limits": {text for bit, text in CLOCK_LIMITS.items() if reasons & bit},
             "processes": len(self.ask(pynvml.nvmlDeviceGetComputeRunningProcesses) or ()),
+            "cpu_times": CpuTimes.read() if self.device == "cpu" else None,
         }
 
 
@@ -119,6 +165,22 @@ def disturbances(times_ms, before, after):
         found.append(f"SM clock fell from {before['sm_clock_mhz']} to {after['sm_clock_mhz']} MHz")
     if max(before["processes"], after["processes"]) > 1:
         found.append("another process was on the GPU")
+    if before["cpu_times"] and after["cpu_times"]:
+        found += cpu_disturbances(before["cpu_times"], after["cpu_times"], len(os.sched_getaffinity(0)))
+    return found
+
+
+def cpu_disturbances(before, after, cpus):
+    """Returns what others took of the CPU time of `cpus` CPUs between two CpuTimes, as a list of short texts.
+
+    The kernel counts in ticks, a hundredth of a second each as a rule: a few of them are no disturbance.
+    """
+    wall_s, busy_s, steal_s, own_s = (end - start for start, end in zip(before, after, strict=True))
+    others_s, found = busy_s - own_s, []
+    if others_s > max(OTHERS_SHARE * wall_s * cpus, MIN_CPU_S):
+        found.append(f"other processes used {others_s / wall_s:.1f} of {cpus} CPUs")
+    if steal_s > max(STEAL_SHARE * wall_s * cpus, MIN_CPU_S):
+        found.append(f"the hypervisor took {steal_s / wall_s / cpus:.0%} of the CPU time")
     return found
 
 
@@ -136,9 +198,15 @@ def process_memory_bytes(device):
 
 
 def reset_peak_memory(device):
-    """Frees what nothing refers to any more; on the CPU the peak of process_memory_bytes() starts anew."""
+    """Frees what nothing refers to any more; on the CPU the peak of process_memory_bytes() starts anew.
+
+    Returns whether it does: where the kernel does not allow or know that, as in some sandboxes, there is no peak.
+    """
     gc.collect()
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
-    else:
+    if device != "cpu":
         torch.cuda.empty_cache()
+        return True
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc
+        return "VmHWM:" in Path("/proc/self/status").read_text()
+    return False

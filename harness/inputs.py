@@ -1,12 +1,14 @@
 """A model's inputs, read off its config and the signature of its forward(): there is no table of models."""
 
 import inspect
+import math
 import re
 
 import torch
 
 from harness.case import SEED
-from harness.errors import UserError
+from harness.device import host_memory_bytes
+from harness.errors import UserError, one_line
 
 AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
 
@@ -16,8 +18,25 @@ def input_shapes(case):
 
     Images are (batch, channels, height, width), videos (batch, frames, channels, height, width), token ids and their
     mask (batch, tokens), raw audio (batch, samples), spectrograms as the family lays them out. Raises UserError for a
-    model whose main input is none of these.
+    model whose main input is none of these, and for shapes that no machine holds.
     """
+    try:
+        shapes = find_shapes(case)
+    except UserError:
+        raise
+    except Exception as error:  # a config of a kind that find_shapes() has not met
+        raise UserError(f"{case.model_name}: its config does not say what it takes: {one_line(error)}") from None
+    for name, shape in shapes.items():
+        if not all(isinstance(size, int) and size > 0 for size in shape):
+            raise UserError(f"{case.model_name}: its config asks for {name} of the shape {shape!r:.80}")
+        if 4 * math.prod(shape) > host_memory_bytes():
+            size = f"{4 * math.prod(shape) / 2**30:,.0f} GiB"
+            raise UserError(f"{case.model_name}: {name} of the shape {shape} needs {size}, more than this machine has")
+    return shapes
+
+
+def find_shapes(case):
+    """Does the work of input_shapes(), and believes what the config says."""
     config, batch = case.config, case.batch_size
     parameters = inspect.signature(case.model_class.forward).parameters
     main = case.model_class.main_input_name
@@ -92,9 +111,11 @@ def make_tokens(case, shape, generator):
     special = set()
     for key, value in [*vars(case.config).items(), *vars(config).items()]:
         if re.search(r"token_(id|index)$", key):  # some models have several ends
-            special.update(value if isinstance(value, (list, tuple)) else [value])
-    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            special.update(token for token in values if isinstance(token, int) and 0 <= token < config.vocab_size)
+    tokens = torch.randint(config.vocab_size - len(special), shape, generator=generator)  # the n-th ordinary one
+    for token in sorted(special):
+        tokens += tokens >= token
     if case.config.is_encoder_decoder and case.model_class.__name__.endswith("ForSequenceClassification"):
         tokens[:, -1] = config.eos_token_id  # T5's and BART's classifiers read the state at the end of the text
     return tokens

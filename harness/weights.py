@@ -10,8 +10,10 @@ import torch
 
 from harness.case import SEED
 from harness.check import output_arrays, relative_error
+from harness.checkpoints import load_pretrained, load_state
 from harness.errors import UserError, one_line
 from harness.inputs import make_inputs
+from harness.untrusted import without_hub
 
 # Random weights by which a small relative change of the inputs grows more than this are not what training gives.
 MAX_CHANGE_GROWTH = 4
@@ -20,7 +22,8 @@ MAX_CHANGE_GROWTH = 4
 def load_on_device(case, dtype):
     """Returns the case's model and inputs on its device, with weights and floating-point inputs in `dtype`."""
     try:
-        model = load_model(case)
+        with without_hub():
+            model = load_model(case)
     except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
         raise UserError(f"{case.model_name} cannot be loaded: {one_line(error)}") from error
     inputs = make_inputs(case)
@@ -36,15 +39,14 @@ def load_model(case):
     """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients."""
     for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
         config.return_dict, config.use_cache = True, False
-    from_pretrained = functools.partial(case.model_class.from_pretrained, dtype=torch.float32)
     torch.manual_seed(SEED)  # a head that a checkpoint may lack
-    if case.weights == "pretrained":
-        model = from_pretrained(case.weights_dir, use_safetensors=True)
+    if case.weights_dir:
+        model = load_pretrained(case.model_class, case.config, case.weights_dir)
     elif case.made_weights and os.path.getsize(case.made_weights):
         made = torch.load(case.made_weights, mmap=True, weights_only=True)
         if case.device == "cpu":  # nothing is computed on pages of a mapped file
             made = {name: tensor.clone() for name, tensor in made.items()}
-        model = from_pretrained(None, config=case.config, state_dict=made)
+        model, _ = load_state(case.model_class, case.config, made)
     else:
         model = make_random_model(case)
         if case.made_weights:
