@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Time one Hugging Face model with eager PyTorch, torch.compile and TVM, and append one CSV row per test item.
+"""Time Hugging Face models with eager PyTorch, torch.compile and TVM, append a CSV row per test item, say which to use.
 
     python benchmark.py --model microsoft/resnet-50 --batch-size 1
 
-The file reads in the order of the data: arguments -> test items -> compile, warm up, time and check one -> the case.
+The file reads in the order of the data: arguments -> test items -> compile, warm up, time and check one -> the cases.
 docs/methodology.md says what each number means and how we know that it is right; README.md ends with a map of the code.
 Exit code: 0 all rows ok, 1 a row is failed or wrong, 2 bad input (nothing written), 130 interrupted.
 """
@@ -14,44 +14,45 @@ import datetime
 import functools
 import gc
 import importlib
-import importlib.metadata
 import math
 import os
-import signal
 import sys
+import tempfile
 import time
 import typing
 from pathlib import Path
 
+gc.disable()  # imports make a million objects, none of them garbage, and looking for it takes 1 s of 8
+sys.modules["sklearn"] = None  # transformers would import it where it is installed, 1 s for what no forward pass uses
+
 import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
-from harness.architectures import BUILTIN_ARCHITECTURES, describe_weights
-from harness.case import PRECISIONS, Case, arithmetic
-from harness.check import output_arrays, relative_error
+from harness.architectures import BUILTIN_ARCHITECTURES
+from harness.arguments import OneLineParser, at_least_one, positive
+from harness.case import PRECISIONS, arithmetic
+from harness.cases import describe_case, find_models, make_cases
+from harness.check import check, output_arrays
 from harness.device import Gpu, describe_device, disturbances, process_memory_bytes, reset_peak_memory, synchronize
-from harness.errors import UserError, one_line
-from harness.inputs import describe_shapes
-from harness.models import find_model, find_model_class
-from harness.processes import STOP_SIGNALS, TimedOut, Worker, WorkerError, report
-from harness.rows import SKIPPED_STATUSES, append_row, check_results_file, find_statuses
-from harness.terminal import describe_comparison, describe_row
+from harness.errors import UserError, one_line, print_error
+from harness.processes import Launchers, Worker, WorkerError, end_on_stop_signals, report
+from harness.reports.terminal import describe_end, describe_row, describe_title, process_age_s
+from harness.rows import LOCAL, LOCAL_RESULTS, RESULTS, SKIPPED_STATUSES, append_row, check_results_file, find_statuses
 from harness.weights import load_on_device
 from tvm_items import tuning
 from tvm_items.apply import apply_database
-from tvm_items.database import read_database
-from tvm_items.executable import bind_arguments, compile_with_tvm, on_device, passes_after_scheduling
+from tvm_items.executable import compile_and_bind, load_saved, passes_after_scheduling
 from tvm_items.importer import export_for_tvm, import_to_relax
 from tvm_items.imports import import_tvm, import_tvm_for_tuning
 from tvm_items.measure import build_options
 from tvm_items.relax_module import tuned_module
 from tvm_items.target import find_target, load_target
 
-DEFAULT_RESULTS = Path(__file__).resolve().parent / "results" / "benchmark.csv"
-DEFAULT_TUNING = DEFAULT_RESULTS.parent / "tuning"
+gc.enable()
+
+TUNING_DIRS = (LOCAL / "tuning", RESULTS / "tuning")  # a user's own databases, and those that are published
 
 # ---- Settings that change the numbers -------------------------------------------------------------------------------
 
@@ -61,53 +62,32 @@ SLOW_RUN_S, MIN_SLOW_ITERATIONS = 0.5, 3  # and at least 3 runs where one takes 
 WARMUP_WINDOW_S = 0.1  # Warm is when two windows of runs in a row agree in their mean time:
 WARMUP_AGREEMENT = 0.01
 WARMUP_LIMIT_S = 3.0  # a machine that never settles is timed all the same, and its row says so (`warnings`).
+HOST_ITERATIONS = 20  # of the host's share of an inference: with nothing in the queue, so with a wait before each
 ENERGY_MIN_S = 1.0  # NVML's energy counter ticks every 20 to 100 ms: shorter runs get no energy figure
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def at_least_one(text):
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return value
-
-
-def positive(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return value
-
-
 def parse_args(argv=None):
     parser = OneLineParser(
         prog="benchmark.py",
-        description="Time one Hugging Face model with eager PyTorch, torch.compile and TVM.",
+        description="Time Hugging Face models with eager PyTorch, torch.compile and TVM, and say which to use.",
         epilog=f"Built in, with random weights and no network: {', '.join(BUILTIN_ARCHITECTURES)}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="microsoft/resnet-50", help="hub id, or a local directory with a config.json")
-    add("--batch-size", type=at_least_one, default=1, help="samples per inference")
+    add("--model", nargs="+", default=["microsoft/resnet-50"], help="hub ids, or local directories with a config.json")
+    add("--batch-size", nargs="+", type=at_least_one, default=[1], help="samples per inference")
     add(
         "--test-items",
         nargs="+",
-        default=["torch", "torch_compile", "tvm"],
         choices=[*TEST_ITEMS, "all"],
         metavar="ITEM",
-        help=f"what to run: {' '.join(TEST_ITEMS)}, or all",
+        help=f"what to run: {' '.join(TEST_ITEMS)}, or all (default: all that compile within a minute; tvm_tune where "
+        "there are schedules for the case, or a search is asked for)",
     )
     add("--device", default="auto", help="auto (CUDA when there is one), cuda, cuda:N or cpu")
-    add("--precision", choices=PRECISIONS, default="fp32", help="arithmetic of every item")
+    add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="arithmetic of every item")
     add(
         "--weights",
         choices=["auto", "pretrained", "random"],
@@ -125,13 +105,12 @@ def parse_args(argv=None):
         help="tvm_tune: candidates to measure for each task, on average "
         f"(default: {tuning.TUNE_TRIALS} without a database)",
     )
+    add("--tune-minutes", type=positive, help=f"tvm_tune: end of a case's search (default: {tuning.TUNE_MINUTES:g})")
     add(
-        "--tune-minutes",
-        type=positive,
-        help=f"tvm_tune: end of the tuning of one case (default: {tuning.TUNE_MINUTES:g})",
+        "--tuning-dir", type=Path, help="where the tuning databases are (default: results/local/tuning, results/tuning)"
     )
-    add("--tuning-dir", type=Path, default=DEFAULT_TUNING, help="where the tuning databases are")
-    add("--results", type=Path, default=DEFAULT_RESULTS, help="the CSV that rows are appended to")
+    add("--results", type=Path, default=LOCAL_RESULTS, help="the CSV that rows are appended to")
+    add("--expected-calls", type=at_least_one, metavar="N", help="also say who wins by one start and N inferences")
     add(
         "--skip",
         choices=SKIPPED_STATUSES,
@@ -141,7 +120,10 @@ def parse_args(argv=None):
     add("--concurrent-cases", type=at_least_one, default=1, help="for the row: cases that run on this host at once")
     add("--verbose", action="store_true", help="show what the frameworks print, and whole tracebacks")
     args = parser.parse_args(argv)
-    args.test_items = list(TEST_ITEMS) if "all" in args.test_items else list(dict.fromkeys(args.test_items))
+    for name in ("model", "batch_size", "precision", "test_items"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or [])))
+    if "all" in args.test_items:
+        args.test_items = list(TEST_ITEMS)
     return args
 
 
@@ -153,12 +135,27 @@ def parse_args(argv=None):
 
 def eager(model, inputs, case):
     """PyTorch as it is."""
+    model, inputs = in_best_layout(model, inputs, case)
     return functools.partial(model, **inputs)
 
 
 def inductor(mode, model, inputs, case):
     """torch.compile(model, mode=mode)."""
+    model, inputs = in_best_layout(model, inputs, case)
     return functools.partial(torch.compile(model, mode=mode), **inputs)
+
+
+def in_best_layout(model, inputs, case):
+    """Returns the model and its inputs, channels last where that is what PyTorch's documentation tells users to set.
+
+    For convolutional models in half precision on CUDA; in fp32 eager is slower by it (docs/methodology.md).
+    """
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+    if case.device == "cpu" or PRECISIONS[case.precision].dtype == torch.float32 or convolutions < 2:
+        return model, inputs
+    model = model.to(memory_format=torch.channels_last)
+    images = {name: tensor.to(memory_format=torch.channels_last) for name, tensor in inputs.items() if tensor.ndim == 4}
+    return model, {**inputs, **images}
 
 
 def tvm_default(model, inputs, case):
@@ -170,49 +167,65 @@ def tvm_default(model, inputs, case):
     target = tvm.target.Target.from_device(tvm.runtime.device(case.device))
     # No checks of every kernel's arguments at every launch: the shapes are static, and the checks are most of the host
     # code that LLVM would have to compile.
-    vm = compile_with_tvm(module, target, case, "default", {"tirx.disable_assert": True})
-    return bind_arguments(vm, exported, inputs, on_device(weights, case))
+    options = {"tirx.disable_assert": True}
+    return compile_and_bind(module, weights, exported, inputs, target, case, "default", options)
 
 
 def tvm_tuned(model, inputs, case):
     """The same with the graph simplified, operators on weights run once, and each task's best schedule so far."""
-    database = read_database(tuning.tuning_path(case), tuning.tuning_origin(case))
+    database = tuning.find_database(case)
     exported = export_for_tvm(model, inputs)
     target = load_target(find_target(case.device))
     module, weights = tuned_module(exported, target)
-    module = apply_database(module, target, database)
-    vm = compile_with_tvm(module, target, case, passes_after_scheduling(target), build_options(target))
-    weights = vm["main_transform_params"](on_device(weights, case))
-    return bind_arguments(vm, exported, inputs, weights)
+    module, pipeline = apply_database(module, target, database), passes_after_scheduling(target)
+    return compile_and_bind(module, weights, exported, inputs, target, case, pipeline, build_options(target))
+
+
+def tvm_saved(model, inputs, case):
+    """What save() has kept of one of these in the temporary directory: nothing is compiled, the model is not used."""
+    return load_saved(inputs, case, Path(tempfile.gettempdir()))
 
 
 def import_inductor(precision):
     importlib.import_module("torch._inductor.compile_fx")
 
 
-# name -> (function, what imports its compiler: importing Python modules is not compiling, and is not timed)
+class TestItem(typing.NamedTuple):
+    build: typing.Callable  # the item's function
+    import_compiler: typing.Callable | None = None  # of a precision: importing is not compiling, and is not timed
+    load: typing.Callable | None = None  # the same as build, from what the callable's save(directory) has kept
+
+
 TEST_ITEMS = {
-    "torch": (eager, None),
-    "torch_compile": (functools.partial(inductor, None), import_inductor),
-    "torch_compile_reduce_overhead": (functools.partial(inductor, "reduce-overhead"), import_inductor),
-    "torch_compile_max_autotune": (functools.partial(inductor, "max-autotune"), import_inductor),
-    "tvm": (tvm_default, import_tvm),
-    "tvm_tune": (tvm_tuned, import_tvm_for_tuning),
+    "torch": TestItem(eager),
+    "torch_compile": TestItem(functools.partial(inductor, None), import_inductor),
+    "torch_compile_reduce_overhead": TestItem(functools.partial(inductor, "reduce-overhead"), import_inductor),
+    "torch_compile_max_autotune": TestItem(functools.partial(inductor, "max-autotune"), import_inductor),
+    "tvm": TestItem(tvm_default, import_tvm, tvm_saved),
+    "tvm_tune": TestItem(tvm_tuned, import_tvm_for_tuning, tvm_saved),
+}
+# max-autotune compiles for minutes; on the CPU reduce-overhead is the default mode: there are no CUDA graphs.
+DEFAULT_ITEMS = {
+    "cuda": ["torch", "torch_compile", "torch_compile_reduce_overhead", "tvm", "tvm_tune"],
+    "cpu": ["torch", "torch_compile", "tvm", "tvm_tune"],
 }
 
 
-# ---- One item: load, compile, warm up, time, check ------------------------------------------------------------------
-# In a process of its own, which imports the item's compiler first.
+# ---- One item: load, compile, warm up, time, check, start again -----------------------------------------------------
 
 
-def import_compiler(name, precision):
+def import_compiler(name, precisions):
     """Imports what a test item compiles with. Raises RuntimeError with the remedy where that is not possible."""
-    _, import_modules = TEST_ITEMS[name]
+    item = TEST_ITEMS[name]
+    gc.disable()
     try:
-        if import_modules:
-            import_modules(precision)
+        for precision in precisions if item.import_compiler else ():
+            item.import_compiler(precision)
     except Exception as error:
         raise RuntimeError(f"{name} cannot be imported; pip install -r requirements.txt ({error})") from error
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @torch.no_grad()
@@ -224,43 +237,104 @@ def compute_reference(case):
         return output_arrays(model(**inputs))
 
 
+def run_in_forks(name, case, reference, timeout_s, verbose):
+    """Runs a test item in a process of its own, and then starts it again in another one; returns the row's columns.
+
+    The second process has the caches and files that the first one left, and nothing else of it. This one, which forks
+    both, has imported the item's compiler.
+    """
+    try:
+        import_compiler(name, [case.precision])
+        with Worker(isolated=True, verbose=verbose) as worker:
+            columns = worker.call(run_item, name, case, reference, timeout_s=timeout_s, on_stage=report)
+            worker.kill()
+            if columns["status"] == "ok" and TEST_ITEMS[name].import_compiler and "warm_start_error" not in columns:
+                with report_errors_as(columns, "warm_start_error"):
+                    columns |= worker.call(start_again, name, case, reference, timeout_s=timeout_s, on_stage=report)
+            return columns
+    except UserError:
+        raise
+    except Exception as error:
+        return {"status": "failed", "error": str(error) if isinstance(error, WorkerError) else one_line(error)}
+
+
 @torch.no_grad()
 def run_item(name, case, reference):
     """Returns the CSV columns that one test item gives, plus `timing_s`: wall seconds of warm-up and timed runs.
 
     reference: the outputs of compute_reference(). The order of the lines defines the columns.
     """
-    build, import_modules = TEST_ITEMS[name]
-    compiles = import_modules is not None
+    item = TEST_ITEMS[name]
+    compiles = item.import_compiler is not None
     with arithmetic(case.precision) as dtype:
         report("loading")
         gpu = Gpu(case.device)
         memory_before = 0 if case.device == "cpu" else process_memory_bytes(case.device)
         model, inputs = load_on_device(case, dtype)
         synchronize(case.device)
+        with inference_mode(name):
+            report("compiling" if compiles else "first run")
+            run, first, first_run_s = compile_and_run(item.build, model, inputs, case)
+            del model  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
+            memory_is_known = reset_peak_memory(case.device)  # what compiling needed is not what running needs
 
-        report("compiling" if compiles else "first run")
-        run, first, first_run_s = compile_and_run(build, model, inputs, case)
-        del model  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
-        reset_peak_memory(case.device)  # what compiling needed is not what running needs
-
-        report("timing")
-        start = time.perf_counter()
-        timing = time_item(run, case, gpu)
-        timing_s = time.perf_counter() - start
-        peak_memory = process_memory_bytes(case.device) - memory_before
+            report("timing")
+            start = time.perf_counter()
+            timing = time_item(run, case, gpu)
+            timing_s = time.perf_counter() - start
+        peak_memory = process_memory_bytes(case.device) - memory_before if memory_is_known else None
 
         report("checking")
         last = output_arrays(timing.outputs)
-        return {
+        columns = {
             **statistics(timing.times_ms, case.batch_size),
             **check(first, last, reference, PRECISIONS[case.precision].tolerance),
             "compile_time_s": first_run_s if compiles else None,
-            "peak_memory_mib": peak_memory / 2**20,
+            "host_time_ms": timing.host_ms,
+            "peak_memory_mib": peak_memory and peak_memory / 2**20,
             "energy_mj_per_sample": timing.energy_mj(case.batch_size),
             "warnings": "; ".join(disturbances(timing.times_ms, timing.before, timing.after)),
             "timing_s": timing_s + (0 if compiles else first_run_s),
         }
+        if item.load:
+            report("saving")
+            with report_errors_as(columns, "warm_start_error"):
+                run.save(Path(tempfile.gettempdir()))
+        return columns
+
+
+@torch.no_grad()
+def start_again(name, case, reference):
+    """Returns {"warm_start_time_s": ...} of a test item that has run before with the same temporary directory.
+
+    From the loaded model, or for an item that keeps its compiled form from that, to the first finished output. Raises
+    RuntimeError where that output is wrong.
+    """
+    report("starting again")
+    item = TEST_ITEMS[name]
+    with arithmetic(case.precision) as dtype:
+        model, inputs = load_on_device(case, dtype)
+        synchronize(case.device)
+        with inference_mode(name):
+            _, outputs, seconds = compile_and_run(item.load or item.build, model, inputs, case)
+    columns = check(outputs, outputs, reference, PRECISIONS[case.precision].tolerance)
+    if columns["error"]:
+        raise RuntimeError(columns["error"])
+    return {"warm_start_time_s": seconds}
+
+
+def inference_mode(name):
+    """Returns the context that PyTorch's documentation tells users to run inference in; TVM's export cannot have it."""
+    return contextlib.nullcontext() if TEST_ITEMS[name].load else torch.inference_mode()
+
+
+@contextlib.contextmanager
+def report_errors_as(columns, name):
+    """Puts an error that ends the block into a column of that name, in one line."""
+    try:
+        yield
+    except Exception as error:
+        columns[name] = one_line(error)
 
 
 def compile_and_run(build, model, inputs, case):
@@ -279,6 +353,7 @@ class Timing(typing.NamedTuple):
     outputs: object  # of the last run
     before: dict
     after: dict
+    host_ms: float | None  # that the host needs to hand over one inference; None on the CPU, which runs it itself
 
     def energy_mj(self, batch_size):
         """Returns millijoules for each sample, None where the device does not say or the runs were too short."""
@@ -293,7 +368,7 @@ def time_item(run, case, gpu):
     per_run_s = warm_up(run, case.device)
     before = gpu.state()
     times_ms, outputs = time_runs(run, case.iterations or choose_iterations(per_run_s), case.device)
-    return Timing(times_ms, outputs, before, gpu.state())
+    return Timing(times_ms, outputs, before, gpu.state(), None if case.device == "cpu" else time_host(run))
 
 
 def warm_up(run, device):
@@ -346,6 +421,18 @@ def time_runs(run, iterations, device):
     return np.array(times_ms), outputs
 
 
+def time_host(run):
+    """Returns the median milliseconds that the host needs to hand over one inference to an idle GPU."""
+    times_ms = []
+    for _ in range(HOST_ITERATIONS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times_ms.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
+    return float(np.median(times_ms))
+
+
 def statistics(times_ms, batch_size):
     """Returns the CSV's timing columns, and the maximum, for an array of milliseconds per inference."""
     return {
@@ -361,217 +448,147 @@ def statistics(times_ms, batch_size):
     }
 
 
-def check(first, last, reference, tolerance):
-    """Returns the columns rel_error, status and error of a first and a last output, each a list of arrays.
-
-    Of both: a replayed CUDA graph must give what the first call gave.
-    """
-    rel_error = max(relative_error(first, reference), relative_error(last, reference))
-    if rel_error <= tolerance:
-        return {"rel_error": rel_error, "status": "ok", "error": ""}
-    return {"rel_error": rel_error, "status": "wrong", "error": f"rel_error {rel_error:.2e} is above {tolerance:g}"}
-
-
-# ---- The case: its items one after another, and a row for each ------------------------------------------------------
+# ---- The cases, one after another: their items, and a row for each --------------------------------------------------
 
 
 def benchmark(args):
-    """Runs the case that the arguments name; returns the exit code.
+    """Runs the cases that the arguments name; returns the exit code.
 
     Every row that came to an end is in the CSV, whatever happens after it.
     """
+    if args.results == LOCAL_RESULTS:
+        LOCAL.mkdir(exist_ok=True)
     check_results_file(args.results)
-    config, weights_dir = find_model(args.model, args.weights)
-    model_class = find_model_class(args.model, config, args.task)
+    models = find_models(args.model, args.weights, args.task)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(args.test_items), unit="item", leave=False, disable=None))
-        made_weights = os.memfd_create("random weights")  # before the forks, so that every process has it
-        stack.callback(os.close, made_weights)
-        workers = {name: stack.enter_context(start_item(name, args)) for name in args.test_items}
-        device = find_device(args, bar)
-        case = Case(
-            model_name=args.model,
-            model_class=model_class,
-            config=config,
-            weights="pretrained" if weights_dir else "random",
-            weights_dir=weights_dir and str(weights_dir),
-            batch_size=args.batch_size,
-            seq_len=args.seq_len,
-            image_size=args.image_size,
-            precision=args.precision,
-            device=device["device"],
-            device_name=device["device_name"],
-            tuning_dir=args.tuning_dir,
-            iterations=args.iterations,
-            made_weights=f"/proc/self/fd/{made_weights}",
-        )
-        case_columns = {**describe_case(case), "concurrent_cases": args.concurrent_cases, **device}
-        title = f"{args.model}, batch size {args.batch_size}, {args.precision}, {case_columns['weights']} weights, "
-        title += f"{case.device_name}, {model_class.__name__}: {case_columns['input_shape']}"
-        skipped = find_skipped(args, case_columns)
-        if skipped:
-            there = ", ".join(f"{name} ({status})" for name, status in skipped.items())
-            tqdm.write(f"{title}\nalready in {args.results}: {there}")
-        workers = {name: worker for name, worker in workers.items() if name not in skipped}
-        rows = []
-        if workers:
-            rows = run_items(workers, case, case_columns, args, bar, title="" if skipped else title)
-    if rows:
-        print_summary(rows, args)
-    return 0 if all(status == "ok" for status in [*skipped.values(), *(row["status"] for row in rows)]) else 1
-
-
-def start_item(name, args):
-    """Returns a worker that imports the item's compiler while others do the same."""
-    worker = Worker(isolated=True, verbose=args.verbose)
-    worker.submit(import_compiler, name, args.precision, timeout_s=args.timeout)
-    return worker
-
-
-def find_device(args, bar):
-    """Returns the CSV's columns on the device, plus `device`. Raises UserError where it cannot be had."""
-    with Worker(isolated=True, verbose=args.verbose) as worker:
+        bar = stack.enter_context(tqdm(unit="item", leave=False, disable=None))
+        session = Session(args, bar, stack.enter_context(Launchers(args.verbose)))
+        session.import_compilers(args.test_items or DEFAULT_ITEMS["cpu"][:-1])
         try:
-            return run_job(worker, "device", bar, describe_device, args.device, timeout_s=args.timeout)
+            device = session.call_isolated("device", describe_device, args.device)
         except WorkerError as error:
             raise UserError(f"--device {args.device}: {error}") from None
+        tuning_dirs = (args.tuning_dir,) if args.tuning_dir else TUNING_DIRS
+        cases = make_cases(models, args, device, tuning_dirs, stack)
+        case_columns = [{**describe_case(case), "concurrent_cases": args.concurrent_cases, **device} for case in cases]
+        exit_codes = []
+        start = time.monotonic() - process_age_s()  # the first case's time has the imports in it
+        for case, columns in zip(cases, case_columns):
+            exit_codes.append(session.run_case(case, columns, start))
+            start = time.monotonic()
+    return 2 if 2 in exit_codes else max(exit_codes)
 
 
-def run_job(worker, name, bar, function, *args, timeout_s):
-    """Returns function(*args), done by the worker, while the bar shows its stages. Raises what Worker.wait() does."""
-    try:
-        return worker.call(function, *args, timeout_s=timeout_s, on_stage=show_stage(bar, name))
-    except TimedOut as error:
-        stage = error.stage or "starting"
-        raise WorkerError(f"gave no result in {timeout_s:g} s (--timeout), while {stage}") from None
+class Session:
+    """What the cases of one process share: the options, the progress bar, compilers that are imported, a reference."""
 
+    def __init__(self, args, bar, launchers):
+        self.args, self.bar, self.launchers = args, bar, launchers
+        self.last_reference = {}  # of the case before: {(model, batch size): outputs or WorkerError}
 
-def show_stage(bar, name):
-    """Returns a function that shows on the bar which stage `name` is in."""
-    return lambda stage: bar.set_description_str(f"{name}: {stage}")
+    def run_case(self, case, columns, start):
+        """Runs the items of one case and prints its rows and the verdict; returns 0, 1 for a row that is not ok, or 2.
 
-
-def describe_case(case):
-    """Returns the CSV's columns that all rows of the case share, but for those on the device."""
-    try:
-        input_shape = describe_shapes(case)
-    except (AttributeError, ValueError) as error:  # a config of a kind that input_shapes() has not met
-        raise UserError(f"{case.model_name}: its config does not say what it takes: {one_line(error)}") from None
-    return {
-        "model_name": case.model_name,
-        "batch_size": case.batch_size,
-        "precision": case.precision,
-        "weights": describe_weights(case.model_name, case.config, case.weights),
-        "input_shape": input_shape,
-        "torch_version": torch.__version__,
-        "tvm_version": version("apache-tvm"),
-        "transformers_version": transformers.__version__,
-    }
-
-
-def version(package):
-    """Returns the version of an installed package, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def find_skipped(args, case_columns):
-    """Returns {item: status} of the items that --skip leaves out."""
-    statuses = find_statuses(args.results, case_columns) if args.skip != "nothing" else {}
-    return {name: statuses[name] for name in args.test_items if statuses.get(name) in SKIPPED_STATUSES[args.skip]}
-
-
-def run_items(workers, case, case_columns, args, bar, title):
-    """Runs the items in their workers, one after another; returns their rows, which are in the CSV by then."""
-    tune_options = tuning.plan_tuning(case, args.tune_trials, args.tune_minutes) if "tvm_tune" in workers else None
-    reference, reference_error = None, None
-    with Worker(isolated=True, verbose=args.verbose) as worker:
+        columns: those that all rows of the case share. start: of the case's time, by time.monotonic().
+        """
+        args, says = self.args, []
+        items = args.test_items or DEFAULT_ITEMS["cpu" if case.device == "cpu" else "cuda"]
+        if not (args.test_items or args.tune_trials or args.tune_minutes or tuning.has_database(case)):
+            items = [name for name in items if name != "tvm_tune"]  # no search starts unasked
+            says.append(f"tvm_tune is left out: no schedules for this case yet; {tuning.describe_search(case)}")
+        statuses = find_statuses(args.results, columns) if args.skip != "nothing" else {}
+        skipped = {name: statuses[name] for name in items if statuses.get(name) in SKIPPED_STATUSES[args.skip]}
+        if skipped:
+            there = ", ".join(f"{name} ({status})" for name, status in skipped.items())
+            says.append(f"already in {args.results}: {there}")
+        items = [name for name in items if name not in skipped]
         try:
-            reference = run_job(worker, "reference", bar, compute_reference, case, timeout_s=args.timeout)
-        except WorkerError as error:
-            reference_error = WorkerError(f"no reference to check against: {error}")
-    if title:
-        tqdm.write(title)
-    import_errors = {}
-    for name, worker in workers.items():  # nothing is timed while another item still imports its compiler
+            tune_options = (
+                tuning.plan_tuning(case, args.tune_trials, args.tune_minutes) if "tvm_tune" in items else None
+            )
+            self.import_compilers(items)
+            reference = self.find_reference(case) if items else None
+            self.launchers.wait(self.show("compilers"))  # nothing is timed while a compiler is still imported
+            tqdm.write("\n".join([describe_title(case, columns), *says]))
+            self.bar.reset(total=len(items))
+            rows = [self.run_item(name, case, columns, reference, tune_options) for name in items]
+        except UserError as error:
+            print_error(error)
+            return 2
+        if rows:
+            print(describe_end(rows, time.monotonic() - start, args))
+        return 0 if all(status == "ok" for status in [*skipped.values(), *(row["status"] for row in rows)]) else 1
+
+    def run_item(self, name, case, columns, reference, tune_options):
+        """Returns the row of one item, which is in the CSV by then."""
+        search_s = 0.0
         try:
-            worker.wait(show_stage(bar, name))
-        except WorkerError as error:
-            import_errors[name] = error
-    rows = []
-    for name, worker in workers.items():
-        try:
-            if error := reference_error or import_errors.get(name):
-                raise error
+            if isinstance(reference, WorkerError):
+                raise reference
             if name == "tvm_tune" and tune_options:
-                search_schedules(case, *tune_options, args, bar)
-            with worker:
-                columns = run_job(worker, name, bar, run_item, name, case, reference, timeout_s=args.timeout)
-            if name == "tvm_tune":
-                columns |= tuning.tuning_columns(case)
+                start, (_, limit_s) = time.monotonic(), tune_options
+                self.call_isolated(name, tuning.tune_case, case, *tune_options, extra_s=limit_s)
+                search_s = time.monotonic() - start
+            arguments = (run_in_forks, name, case, reference, self.args.timeout, self.args.verbose)
+            item_columns = self.launchers.call(TEST_ITEMS[name].import_compiler, *arguments, on_stage=self.show(name))
+            if name == "tvm_tune" and item_columns["status"] == "ok":
+                item_columns |= {**tuning.tuning_columns(case), "search_s": search_s}
         except WorkerError as error:
-            columns = {"status": "failed", "error": str(error)}
+            item_columns = {"status": "failed", "error": str(error)}
         timestamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        row = {"test_item": name, "timestamp_utc": timestamp, **case_columns, **columns}
-        append_row(args.results, row, unless=SKIPPED_STATUSES[args.skip])
-        rows.append(row)
+        row = {"test_item": name, "timestamp_utc": timestamp, **columns, **item_columns}
+        append_row(self.args.results, row, unless=SKIPPED_STATUSES[self.args.skip])
         tqdm.write(describe_row(row))
-        bar.update()
-    return rows
+        self.bar.update()
+        return row
 
+    def find_reference(self, case):
+        """Returns the outputs that the case is checked against, or the WorkerError that stands for them.
 
-def search_schedules(case, asked_trials, limit_s, args, bar):
-    """Tunes the case in a worker of its own."""
-    with Worker(isolated=True, verbose=args.verbose) as worker:
-        arguments = (tuning.tune_case, case, asked_trials, limit_s)
-        run_job(worker, "tvm_tune", bar, *arguments, timeout_s=limit_s + args.timeout)
+        Those of the case before where they will do: they are in fp32 whatever the case's precision.
+        """
+        key = (case.model_name, case.batch_size)
+        if key not in self.last_reference:
+            self.last_reference.clear()
+            try:
+                self.last_reference[key] = self.call_isolated("reference", compute_reference, case)
+            except WorkerError as error:
+                self.last_reference[key] = WorkerError(f"no reference to check against: {error}")
+        return self.last_reference[key]
 
+    def import_compilers(self, items):
+        """Begins to import what the items need, each compiler in a process of its own, unless that has begun."""
+        for name in items:
+            arguments = (import_compiler, name, self.args.precision)
+            self.launchers.start(TEST_ITEMS[name].import_compiler, *arguments, timeout_s=self.args.timeout)
 
-def print_summary(rows, args):
-    """Prints who was faster than whom, and where the time of this process went."""
-    if sum(row["status"] == "ok" for row in rows) > 1:
-        print(describe_comparison(rows))
-    compiling_s = sum(row.get("compile_time_s") or 0 for row in rows)
-    timing_s = sum(row.get("timing_s") or 0 for row in rows)
-    total_s = process_age_s()
-    print(
-        f"{total_s:.1f} s: {compiling_s:.1f} s compiling, {timing_s:.1f} s timing, "
-        f"{total_s - compiling_s - timing_s:.1f} s for all else; rows in {args.results}"
-    )
-    if any(row["status"] == "failed" for row in rows) and not args.verbose:
-        print("--verbose shows the whole traceback of what failed")
+    def call_isolated(self, who, function, *function_args, extra_s=0.0):
+        """Returns function(*function_args), done in a process of its own while the bar shows what `who` is doing.
 
+        extra_s: that it may take beyond --timeout. Raises what Worker.wait() raises.
+        """
+        with Worker(isolated=True, verbose=self.args.verbose) as worker:
+            timeout_s = self.args.timeout + extra_s
+            return worker.call(function, *function_args, timeout_s=timeout_s, on_stage=self.show(who))
 
-def process_age_s():
-    """Returns the seconds since this process was started, its imports included.
-
-    man 5 proc: field 22 of stat is the start in clock ticks after boot.
-    """
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def stop(number, _):
-    """Ends as an exception does, so that `with` kills the workers, and lets no second signal interrupt that."""
-    for other in STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    sys.exit(128 + number)
+    def show(self, who):
+        """Returns a function that shows on the bar which stage `who` is in."""
+        return lambda stage: self.bar.set_description_str(f"{who}: {stage}")
 
 
 def main(argv=None):
+    gc.freeze()  # what is imported by now is never garbage: no fork looks through it
+    # The compilers' modules ask whether there is a GPU. By NVML, then: by CUDA, no fork of theirs could use one.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     sys.stdout.reconfigure(line_buffering=True)  # a log shows each row as it ends
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     tqdm.monitor_interval = 0  # no thread in the process that forks
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
+    end_on_stop_signals()
     try:
         return benchmark(parse_args(argv))
     except UserError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("benchmark.py: interrupted; the rows of the items that had ended are kept", file=sys.stderr)

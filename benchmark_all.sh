@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The sweep: benchmark.py for every precision, model and batch size, then the table and the pictures.
+# The sweep: benchmark.py for every model, batch size and precision, then the tables and the pictures.
 #
 #   bash benchmark_all.sh                                     the founding sweep
 #   MODELS="google/vit-base-patch16-224" BATCH_SIZES="1 8" PRECISIONS="fp32 fp16" bash benchmark_all.sh -- --iterations 100
@@ -8,8 +8,9 @@
 #
 # MODELS, BATCH_SIZES   what to run, separated by spaces; MODELS=builtin: every model that benchmark.py has built in
 # PRECISIONS            likewise (default: fp32)
-# RESULTS               the CSV that rows are appended to (default: results/benchmark.csv beside this script)
+# RESULTS               the CSV that rows are appended to (default: results/local/benchmark.csv, which git ignores)
 # PYTHON                the interpreter (default: python)
+# All cases of a model are of one process, which pays for its imports once, unless several cases run at once.
 # Rows that are there (same case, item, device and versions) are not run again, so a sweep that was stopped goes on.
 # FORCE=1               run them all the same
 # RETRY=failed          run those again that are not ok
@@ -59,7 +60,8 @@ read -ra batch_sizes <<<"${BATCH_SIZES:-1 4 16}"
 read -ra precisions <<<"${PRECISIONS:-fp32}"
 read -ra gpus <<<"${GPUS:-}"
 read -ra hosts <<<"${HOSTS:-}"
-results=$(realpath -m "${RESULTS:-$here/results/benchmark.csv}")
+results=$(realpath -m "${RESULTS:-$here/results/local/benchmark.csv}")
+[ -n "${RESULTS:-}" ] || mkdir -p "$here/results/local"
 python=${PYTHON:-python}
 if [ "${models[*]}" = builtin ]; then
     read -ra models < <(cd "$here" && "$python" -c 'from harness.architectures import BUILTIN_ARCHITECTURES as names; print(*names)')
@@ -90,17 +92,25 @@ if [ "$jobs" -gt 0 ]; then
         fail "GPUS, JOBS and HOSTS need GNU parallel (apt install parallel); without them the cases run one by one"
 fi
 
-cases=()
-for precision in "${precisions[@]}"; do
-    for model in "${models[@]}"; do
-        for batch_size in "${batch_sizes[@]}"; do
-            cases+=("$(printf '%q ' "$python" "$here/benchmark.py" --model "$model" --batch-size "$batch_size" \
-                --precision "$precision" --results "$results" "${skip[@]}" "$@")")
+processes=() # command lines
+options=("$@")
+add_process() { # model, batch sizes, precisions: the last two are words in one argument each
+    processes+=("$(printf '%q ' "$python" "$here/benchmark.py" --model "$1" --batch-size $2 --precision $3 \
+        --results "$results" "${skip[@]}" "${options[@]}")")
+}
+for model in "${models[@]}"; do
+    if [ -z "$list" ] && [ "$jobs" -eq 0 ]; then
+        add_process "$model" "${batch_sizes[*]}" "${precisions[*]}"
+        continue
+    fi
+    for batch_size in "${batch_sizes[@]}"; do
+        for precision in "${precisions[@]}"; do
+            add_process "$model" "$batch_size" "$precision"
         done
     done
 done
 if [ -n "$list" ]; then
-    printf '%s\n' "${cases[@]}"
+    printf '%s\n' "${processes[@]}"
     exit
 fi
 
@@ -119,13 +129,13 @@ stop() {
 problems=()
 if [ "$jobs" -eq 0 ]; then
     trap 'stop TERM' INT TERM
-    for i in "${!cases[@]}"; do
-        echo "[$((i + 1))/${#cases[@]}]"
-        eval "setpriv --pdeathsig TERM ${cases[i]} &"
+    for i in "${!processes[@]}"; do
+        echo "[$((i + 1))/${#processes[@]}]"
+        eval "setpriv --pdeathsig TERM ${processes[i]} &"
         child=$!
         wait "$child"
         code=$?
-        [ $code -eq 0 ] || problems+=("exit code $code: benchmark.py ${cases[i]#*/benchmark.py }")
+        [ $code -eq 0 ] || problems+=("exit code $code: benchmark.py ${processes[i]#*/benchmark.py }")
     done
 else
     trap 'stop INT' INT TERM
@@ -140,8 +150,8 @@ else
     [ ${#hosts[@]} -gt 0 ] || logins=(--jobs "$jobs")
     # A case gets 20 s to end its processes and to remove its temporary files before it is killed.
     setpriv --pdeathsig INT parallel "${logins[@]}" --workdir "$PWD" --termseq TERM,20000,KILL,25 --joblog "$log" \
-        --line-buffer --tagstring "[{#}/${#cases[@]}]" \
-        ::: "${cases[@]/#/"$(printf '%q ' bash "$here/benchmark_all.sh" --in-slot "$jobs" "${gpus[*]}")"}" &
+        --line-buffer --tagstring "[{#}/${#processes[@]}]" \
+        ::: "${processes[@]/#/"$(printf '%q ' bash "$here/benchmark_all.sh" --in-slot "$jobs" "${gpus[*]}")"}" &
     child=$!
     wait "$child"
     ended=0
@@ -149,19 +159,16 @@ else
         ended=$((ended + 1))
         [ "$code $signal" = "0 0" ] || problems+=("exit code $code, signal $signal: benchmark.py ${command#*/benchmark.py }")
     done < <(tail -n +2 "$log")
-    [ $ended -eq ${#cases[@]} ] || problems+=("$((${#cases[@]} - ended)) cases did not run")
+    [ $ended -eq ${#processes[@]} ] || problems+=("$((${#processes[@]} - ended)) did not run")
 fi
 trap - INT TERM
 
 echo
-echo "${#cases[@]} cases in $SECONDS s, ${#problems[@]} with rows that are not ok"
+cases=$((${#models[@]} * ${#batch_sizes[@]} * ${#precisions[@]}))
+echo "$cases cases by ${#processes[@]} processes in $SECONDS s, ${#problems[@]} with rows that are not ok"
 [ ${#problems[@]} -eq 0 ] || printf '  %s\n' "${problems[@]}"
 
-case $results in
-"$here/results/benchmark.csv" | "$here/results/coverage.csv") arguments=() ;; # what is published
-*) arguments=("$results") ;;
-esac
 if [ -s "$results" ]; then # without a row there is nothing to draw
-    "$python" "$here/plot.py" "${arguments[@]}" || exit 1
+    "$python" "$here/plot.py" "$results" || exit 1
 fi
 [ ${#problems[@]} -eq 0 ]

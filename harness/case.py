@@ -32,7 +32,7 @@ class Case:
     model_name: str
     model_class: type
     config: transformers.PretrainedConfig
-    weights: str  # "pretrained" or "random"
+    weights: str  # "pretrained", "pretrained, random head" or "random"
     weights_dir: str | None  # holds the safetensors of pretrained weights
     batch_size: int
     seq_len: int
@@ -40,7 +40,7 @@ class Case:
     precision: str
     device: str  # "cpu" or "cuda:N"
     device_name: str
-    tuning_dir: Path  # holds the tuning databases of all devices
+    tuning_dirs: tuple[Path, ...]  # hold the tuning databases of all devices; the first is written to
     iterations: int | None  # timed runs; None: as many as the time budget gives
     made_weights: str | None = None  # path of the random weights, which the first process that needs them makes
 

@@ -16,3 +16,8 @@ def one_line(error, limit=300):
 def warn(message):
     """Prints one line of warning on stderr."""
     print(f"benchmark.py: warning: {message}", file=sys.stderr)
+
+
+def print_error(error):
+    """Prints a UserError as the one line on stderr that stands beside exit code 2."""
+    print(f"benchmark.py: error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -19,20 +20,13 @@ import typing
 from harness.errors import UserError, one_line
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+TERMINATE_S = 2  # that a process has to end the workers of its own before it is killed
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class WorkerError(Exception):
     """A job gave no result; the message says why in one line."""
-
-
-class TimedOut(WorkerError):
-    """A job gave no result in time; `stage` is what it reported last, or None."""
-
-    def __init__(self, stage):
-        self.stage = stage
-        super().__init__("no result in time" + while_doing(stage))
 
 
 class Outcome(typing.NamedTuple):
@@ -47,7 +41,8 @@ class Worker:
 
     max_jobs: after so many jobs the process is replaced as well. isolated: its temporary files, compiler caches and
     output go to a directory that no other worker sees and that close() removes; jobs see empty caches only in the first
-    process. verbose: its output goes where this process's does, with the traceback of each failed job.
+    process. verbose: its output goes where this process's does, with the traceback of each failed job. A job may have
+    workers of its own: they end with it.
     """
 
     def __init__(self, *, max_jobs=math.inf, isolated=False, verbose=False):
@@ -106,6 +101,7 @@ class Worker:
         """Ends the process and all that it has started; the next job gets a new process and the same directory."""
         if self.process is None:
             return
+        self._terminate()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # the compilers' worker processes too
         self.process.kill()
@@ -120,7 +116,18 @@ class Worker:
             self.scratch.cleanup()
             self.scratch = None
 
+    def _terminate(self):
+        """Gives the process the time to end workers of its own, and leaves its id to it until kill() has used that."""
+        self.process.terminate()
+        deadline = time.monotonic() + TERMINATE_S
+        with contextlib.suppress(ChildProcessError):  # its end was noticed before
+            options = os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while os.waitid(os.P_PID, self.process.pid, options) is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+
     def _fork(self):
+        if _to_parent is not None:  # a worker's worker: `with` ends it where this process is terminated
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they would leave a process that nobody knows
         if self.isolated and self.scratch is None:
             self.scratch = tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True)
@@ -147,7 +154,8 @@ class Worker:
                 return Outcome(value) if kind == "result" else Outcome(error=value)
             self.stage = value
         if time.monotonic() > self.deadline:
-            return Outcome(error=TimedOut(self.stage))
+            limit_s = self.deadline - self.started
+            return Outcome(error=WorkerError(f"no result in time ({limit_s:g} s)" + while_doing(self.stage)))
         # A process may have ended without the end of its pipe: what it had started holds that too.
         if self.process.is_alive() or self.connection.poll():
             return None
@@ -156,6 +164,40 @@ class Worker:
     def _death(self):
         self.process.join(5)
         return Outcome(error=WorkerError(death(self.process.exitcode) + while_doing(self.stage)))
+
+
+class Launchers:
+    """Workers that have imported something each, by a name, and fork further workers from there.
+
+    So imports are paid once, at the same time as one another, and a job that dies leaves the others alone.
+    """
+
+    def __init__(self, verbose=False):
+        self.verbose, self.workers = verbose, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for worker in self.workers.values():
+            worker.close()
+
+    def start(self, name, function, *args, timeout_s):
+        """Begins function(*args), which imports something, in a launcher of that name, unless there is one already."""
+        if name not in self.workers:
+            self.workers[name] = Worker(isolated=True, verbose=self.verbose)
+            self.workers[name].submit(function, *args, timeout_s=timeout_s)
+
+    def wait(self, on_stage=None):
+        """Waits until all that has begun has ended; an error is left to the job that needs what is missing then."""
+        for worker in self.workers.values():
+            if worker.busy:
+                with contextlib.suppress(WorkerError):
+                    worker.wait(on_stage)
+
+    def call(self, name, function, *args, on_stage=None):
+        """Returns function(*args), done by the launcher of that name. Raises what Worker.wait() raises."""
+        return self.workers[name].call(function, *args, timeout_s=math.inf, on_stage=on_stage)
 
 
 def call(function, *args, timeout_s):
@@ -171,6 +213,19 @@ def report(stage):
 
 
 _to_parent = None  # in a worker's process: its connection to the process that has forked it
+
+
+def end_on_stop_signals():
+    """Makes SIGTERM and SIGHUP end this process as an exception does, so that `with` ends its workers."""
+
+    def stop(number, _):
+        for other in STOP_SIGNALS:  # no second one interrupts that
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
 
 
 def serve(connection, scratch, verbose, parent):
@@ -193,7 +248,7 @@ def serve(connection, scratch, verbose, parent):
             return
         try:
             connection.send(("result", function(*args)))
-        except UserError as error:
+        except (UserError, WorkerError) as error:
             connection.send(("error", error))
         except Exception as error:
             if verbose:

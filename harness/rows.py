@@ -3,56 +3,34 @@
 import csv
 import fcntl
 import io
+import math
 import os
 import tempfile
+from pathlib import Path
 
 from harness.errors import UserError
 
-COLUMNS = [
-    "model_name",
-    "test_item",
-    "batch_size",
-    "compile_time_s",
-    "infer_time_mean_ms",
-    "infer_time_median_ms",
-    "infer_time_std_ms",
-    "infer_time_min_ms",
-    "infer_time_p90_ms",
-    "infer_time_p99_ms",
-    "iterations",
-    "throughput_samples_per_s",
-    "peak_memory_mib",
-    "rel_error",
-    "precision",
-    "device_name",
-    "weights",
-    "input_shape",
-    "status",
-    "error",
-    "torch_version",
-    "tvm_version",
-    "transformers_version",
-    "cuda_version",
-    "driver_version",
-    "timestamp_utc",
-    "energy_mj_per_sample",
-    "warnings",
-    "concurrent_cases",
-    "tune_time_s",
-    "tune_trials",
-]
-# What makes two rows of one test item runs of the same thing.
-KEY = [
-    "model_name",
-    "batch_size",
-    "precision",
-    "device_name",
-    "weights",
-    "input_shape",
-    "torch_version",
-    "tvm_version",
-    "transformers_version",
-]
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PUBLISHED_RESULTS, PUBLISHED_COVERAGE = RESULTS / "benchmark.csv", RESULTS / "coverage.csv"
+LOCAL = RESULTS / "local"  # a user's own rows, pictures and tuning databases; ignored by git
+LOCAL_RESULTS = LOCAL / "benchmark.csv"
+
+# New columns go to the end.
+COLUMNS = """
+model_name test_item batch_size compile_time_s infer_time_mean_ms infer_time_median_ms infer_time_std_ms
+infer_time_min_ms infer_time_p90_ms infer_time_p99_ms iterations throughput_samples_per_s peak_memory_mib rel_error
+precision device_name weights input_shape status error torch_version tvm_version transformers_version cuda_version
+driver_version timestamp_utc energy_mj_per_sample warnings concurrent_cases tune_time_s tune_trials
+warm_start_time_s host_time_ms model_class config_hash cpu_threads harness_version
+""".split()
+# What makes two rows runs of the same thing by different items, in two parts: the case, and what it was measured with.
+CASE = "model_name model_class config_hash batch_size input_shape".split()
+SETTING = """
+device_name precision weights cpu_threads torch_version tvm_version transformers_version harness_version
+""".split()
+KEY = CASE + SETTING
+HOST_BOUND_SHARE = 0.9  # a row waits for the host whose host_time_ms is at least so much of its median
+
 # In tables and pictures; items that are not named here come last.
 ITEM_ORDER = (
     "torch",
@@ -69,6 +47,21 @@ SKIPPED_STATUSES = {"nothing": (), "ended": ("ok", "wrong", "failed"), "ok": ("o
 def item_order(item):
     """Returns what test items are sorted by: their place in ITEM_ORDER, then their name."""
     return ITEM_ORDER.index(item) if item in ITEM_ORDER else len(ITEM_ORDER), item
+
+
+def number(row, name):
+    """Returns a column of a row, read from a CSV or not yet written, as a float; None where the cell is empty."""
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    value = float(value)
+    return None if math.isnan(value) else value
+
+
+def waits_for_host(row):
+    """Returns whether the host's share binds the row's time: it says more about the host than about the compiler."""
+    host_ms, median_ms = number(row, "host_time_ms"), number(row, "infer_time_median_ms")
+    return host_ms is not None and median_ms is not None and host_ms >= HOST_BOUND_SHARE * median_ms
 
 
 def check_results_file(path):

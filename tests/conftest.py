@@ -107,7 +107,7 @@ def make_case(config, weights_dir=None, **fields):
             "precision": "fp32",
             "device": "cpu",
             "device_name": "a CPU",
-            "tuning_dir": ROOT / "results" / "tuning",
+            "tuning_dirs": (ROOT / "results" / "tuning",),
             "iterations": None,
             **fields,
         }

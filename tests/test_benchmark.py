@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def unsupported(model, inputs, case):
     raise NotImplementedError("no operator\\nfor this")
 
 for function in (off, far_off, not_a_number, other_shape, wrong_when_replayed, crash, out_of_memory, hang, unsupported):
-    benchmark.TEST_ITEMS[function.__name__] = (function, None)
+    benchmark.TEST_ITEMS[function.__name__] = benchmark.TestItem(function)
 
 if __name__ == "__main__":
     sys.exit(benchmark.main())
@@ -85,7 +86,15 @@ def test_default_items(command, write_model, tmp_path):
         assert float(row["peak_memory_mib"]) > 1
         assert all(row[f"{package}_version"] for package in ("torch", "tvm", "transformers"))
     assert rows[0]["compile_time_s"] == "" and all(float(row["compile_time_s"]) > 0.1 for row in rows[1:])
+    for row in rows:
+        assert row["host_time_ms"] == "" and row["cpu_threads"] == "1"  # on the CPU the host is what is timed
+        assert row["model_class"] == "ResNetForImageClassification" and len(row["config_hash"]) == 8
+    for row in rows[1:]:  # a second start, with the caches and files that the first one left
+        assert 0 < float(row["warm_start_time_s"]) < float(row["compile_time_s"])
+    assert rows[0]["warm_start_time_s"] == ""
     assert "times faster than" in done.stdout and done.stdout.count("rel_error") == 3
+    assert "verdict: use " in done.stdout and "not tried: torch_compile_reduce_overhead" in done.stdout
+    assert "tvm_tune is left out" in done.stdout and "--batch-size 2 --precision fp32 --tune-minutes 10" in done.stdout
     assert "random weights" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -127,6 +136,52 @@ def test_each_broken_item_costs_itself_only(command, broken_items, write_model, 
     assert "20 s" in rows["hang"]["error"] and "compiling" not in rows["hang"]["infer_time_mean_ms"]
     assert rows["unsupported"]["error"] == "NotImplementedError: no operator for this"
     assert "Traceback" not in done.stderr
+
+
+def test_several_cases_of_which_items_fail(command, broken_items, write_model, tmp_path):
+    results = tmp_path / "rows.csv"
+    models = [write_model(name="one"), write_model(name="other")]
+    arguments = ["--model", *models, "--batch-size", 1, 2, "--precision", "fp32", "bf16", "--weights", "random"]
+    items = ["--test-items", "crash", "torch", "off", "--iterations", 3, "--results", results]
+    done = command(broken_items, *arguments, *items)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    rows = read_csv(results)
+    cases = [(str(model), size, precision) for model in models for size in "12" for precision in ("fp32", "bf16")]
+    assert [(row["model_name"], row["batch_size"], row["precision"]) for row in rows[::3]] == cases
+    for crashed, torch_row, off in zip(rows[::3], rows[1::3], rows[2::3]):
+        assert crashed["status"] == "failed" and "SIGSEGV" in crashed["error"] and torch_row["status"] == "ok"
+        assert off["status"] == ("wrong" if off["precision"] == "fp32" else "ok")  # by 1 %
+    assert len({row["harness_version"] for row in rows}) == 1
+
+
+def test_one_bad_model_among_several_runs_nothing(command, write_model, tmp_path):
+    arguments = ["--model", write_model(), tmp_path / "missing", "--weights", "random", "--test-items", "torch"]
+    done = command("benchmark.py", *arguments, "--results", tmp_path / "rows.csv")
+    assert done.returncode == 2 and done.stdout == "" and "missing is not a directory" in done.stderr
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_the_checkout_stays_clean(command, write_model, tmp_path):
+    """A first run and a sweep of a newcomer's write to files that git ignores."""
+    checkout = tmp_path / "checkout"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in filter(None, files.stdout.splitlines()):
+        if (ROOT / name).exists():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, checkout / name)
+    git = ["git", "-C", checkout, "-c", "user.name=x", "-c", "user.email=x@y"]
+    for arguments in (["init"], ["add", "."], ["commit", "-m", "all"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    quick = ["--weights", "random", "--test-items", "torch", "--iterations", 3]
+    done = command(checkout / "benchmark.py", "--model", write_model(), *quick)
+    assert done.returncode == 0, done.stderr
+    done = command(
+        checkout / "benchmark_all.sh", "--", *quick, MODELS=tmp_path / "model", BATCH_SIZES="1 2", PYTHON=sys.executable
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(read_csv(checkout / "results" / "local" / "benchmark.csv")) == 2  # the first row was there already
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    assert status.stdout == ""
 
 
 def test_half_precision_has_a_tolerance_of_its_own(command, broken_items, write_model, tmp_path):

@@ -21,8 +21,11 @@ def test_default_items(command, write_model, tmp_path):
     done = command("benchmark.py", "--model", write_model(), "--weights", "random", "--results", "rows.csv")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_csv(tmp_path / "rows.csv")
-    assert [row["test_item"] for row in rows] == ["torch", "torch_compile", "tvm"]
+    assert [row["test_item"] for row in rows] == ["torch", "torch_compile", "torch_compile_reduce_overhead", "tvm"]
+    for row in rows[1:]:
+        assert 0 < float(row["warm_start_time_s"]) < float(row["compile_time_s"])
     for row in rows:
+        assert float(row["host_time_ms"]) > 0
         assert row["device_name"] == torch.cuda.get_device_name(0) and row["cuda_version"] == torch.version.cuda
         assert row["driver_version"] and float(row["rel_error"]) <= 1e-4
 

@@ -63,7 +63,7 @@ import_tvm("fp16")
 target = processes.call(find_target, "cpu", timeout_s=60)
 task, other = processes.call(make_tasks, target, timeout_s=60)
 path = Path(tempfile.mkdtemp()) / "model.x=64x64.fp16"
-loop.tune([task], target, "cpu", path, "here", 1e-4, 16, 100, 2, str(path.parent))
+loop.tune([task], target, "cpu", path, "here", None, {}, 1e-4, 16, 100, 2, str(path.parent))
 database = read_database(path, "here")
 print(processes.call(apply, target, database, "relu", timeout_s=60))
 try:

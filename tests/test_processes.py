@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.processes import TimedOut, Worker, WorkerError, call, report
+from harness.processes import Launchers, Worker, WorkerError, call, report
 
 
 def process_id():
@@ -69,7 +70,7 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path):
     file, stages = tmp_path / "process id", []
     with Worker() as worker:
         worker.submit(hang, file, timeout_s=1)
-        with pytest.raises(TimedOut, match="no result in time while hanging"):
+        with pytest.raises(WorkerError, match=r"no result in time \(1 s\) while hanging"):
             worker.wait(stages.append)
         assert "hanging" in stages
         status = Path(f"/proc/{file.read_text()}/stat")
@@ -87,3 +88,42 @@ def test_an_isolated_worker_keeps_its_directory_until_it_is_closed():
         worker.kill()
         assert worker.call(temporary_directory, timeout_s=10) == (directory, cache)
     assert not Path(directory).exists()
+
+
+def import_something(name):
+    sys.modules[name] = sys
+
+
+def run_in_a_fork(name, function, *args):
+    assert name in sys.modules
+    with Worker(isolated=True) as worker:
+        return worker.call(function, *args, timeout_s=30)
+
+
+def test_a_launcher_imports_once_and_its_forks_die_alone(tmp_path):
+    with Launchers() as launchers:
+        launchers.start("one", import_something, "imported_once", timeout_s=10)
+        launchers.start("one", fail, ValueError("it is there already"), timeout_s=10)
+        launchers.start("broken", fail, ImportError("no such thing"), timeout_s=10)
+        launchers.wait()
+        first, second = (launchers.call("one", run_in_a_fork, "imported_once", process_id) for _ in range(2))
+        assert first != second and "imported_once" not in sys.modules
+        with pytest.raises(WorkerError, match="SIGSEGV"):
+            launchers.call("one", run_in_a_fork, "imported_once", die, signal.SIGSEGV)
+
+
+def test_a_workers_worker_and_its_files_go_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = tmp_path.parent / f"{tmp_path.name} process id"
+    with Worker(isolated=True) as worker:
+        import_something("imported_here")
+        worker.submit(run_in_a_fork, "imported_here", hang, file, timeout_s=30)
+        deadline = time.monotonic() + 10
+        while not file.exists() or not file.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    status = Path(f"/proc/{file.read_text()}/stat")
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm, tmp_path)
     for name in others:
         write_database(tmp_path / name, database)
     write_database(tmp_path / "model.x=1x128.fp32", database | {"origin": "there"})
-    siblings = read_siblings(path, "here")
+    siblings = read_siblings([path], "here")
     assert siblings == {"product": [(space, decisions)]}  # not of another precision, model or device, and not its own
 
     module = tvm.ir.save_json(make_product(rows=96))

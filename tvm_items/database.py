@@ -5,14 +5,99 @@ PATH.json.gz, the database, has the best record of each task: all that a tuned m
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import json
 import os
 import zlib
 
-FIELDS = {"origin", "tune_time_s", "tune_trials", "asked_trials", "records"}
-RECORD = ("task", "name", "space", "decisions", "seconds", "default_seconds")
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
+
+from harness.errors import warn
+
+MAX_DATABASE_BYTES = 2**26  # expanded; a network of a hundred different kernels has some 20 KB
+MAX_JOURNAL_BYTES = 2**28  # a million trials
+
+
+def not_negative(value):
+    """Raises ValueError for a number below 0 or beyond what 64 bits hold, infinity and NaN included; None passes."""
+    if value is not None and not 0 <= value < 2**63:
+        raise ValueError(f"{value} is out of range")
+
+
+def decisions_in_range(value):
+    """Raises ValueError for a choice below 0, or a factor of a tile below 1."""
+    for decision in value:
+        for number in decision if isinstance(decision, list) else [decision]:
+            not_negative(number - 1 if isinstance(decision, list) else number)
+
+
+# What search.py and spaces.py take: the number of a design space, and a decision for each sampling instruction.
+Decisions = list[int | list[int] | None]
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class Record:
+    """The best schedule of a task, which is better than TVM's default one."""
+
+    task: str
+    name: str
+    space: int = validated_field(not_negative)
+    decisions: Decisions = validated_field(decisions_in_range)
+    seconds: float = validated_field(not_negative)
+    default_seconds: float = validated_field(not_negative)
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class Database:
+    """What the database of a case holds."""
+
+    origin: str  # names the device and TVM's version; records are good for both together
+    tune_time_s: float = validated_field(not_negative)
+    tune_trials: int = validated_field(not_negative)
+    asked_trials: int = validated_field(not_negative)
+    records: list[dict]
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class JournalHeader:
+    """The first line of a journal."""
+
+    origin: str
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class JournalLine:
+    """A trial, the time of a task's default schedule, or what went wrong."""
+
+    task: str
+    elapsed_s: float = validated_field(not_negative, default=0.0)
+    trials: int = validated_field(not_negative, default=0)  # up to this one, of all tasks
+    space: int = validated_field(not_negative, default=0)
+    decisions: Decisions = validated_field(decisions_in_range, default_factory=list)
+    seconds: float | None = validated_field(not_negative, default=None)  # None where it failed
+    default_seconds: float | None = validated_field(not_negative, default=None)
+    estimated_ms: float = validated_field(not_negative, default=0.0)
+    error: str = ""
+
+
+RECORD = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def parse(content, checked_class):
+    """Returns the JSON object in some bytes as a dict, if it has the fields of a class; raises ValueError if not."""
+    fields = json.loads(content)
+    try:
+        checked_class(**fields)
+    except (StrictDataclassError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    return fields
 
 
 class DatabaseError(Exception):
@@ -28,22 +113,26 @@ def journal_path(path):
 
 
 def read_database(path, origin):
-    """Returns the database of a case as a dict of FIELDS, or None where there is none.
+    """Returns the database of a case as a dict of Database's fields, or None where there is none.
 
-    origin: names the device and TVM's version; records are good for both together. Raises DatabaseError for a database
-    that is damaged, or of another origin.
+    origin: what the database must be of. Raises DatabaseError for a database that cannot be read, that is damaged, or
+    that is of another origin.
     """
     file = database_path(path)
     try:
-        database = json.loads(gzip.decompress(file.read_bytes()))
-        is_complete = all(record.keys() == set(RECORD) for record in database["records"])
-        is_complete = is_complete and database.keys() == FIELDS
+        with gzip.open(file) as opened:
+            content = opened.read(MAX_DATABASE_BYTES + 1)
+        if len(content) > MAX_DATABASE_BYTES:
+            raise DatabaseError(f"{file} is larger than {MAX_DATABASE_BYTES / 2**20:g} MiB; delete it to tune anew")
+        database = parse(content, Database)
+        for record in database["records"]:
+            Record(**record)
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
-        is_complete = False
-    if not is_complete:
-        raise DatabaseError(f"{file} is damaged; delete it to tune anew")
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, TypeError, RecursionError, StrictDataclassError):
+        raise DatabaseError(f"{file} is damaged; delete it to tune anew") from None
+    except OSError as error:
+        raise DatabaseError(f"{file} cannot be read: {error.strerror}") from None
     check_origin(file, database["origin"], origin)
     return database
 
@@ -56,16 +145,18 @@ def write_database(path, database):
     unfinished.replace(file)
 
 
-def read_siblings(path, origin):
+def read_siblings(paths, origin):
     """Returns {task's name: list of best (space, decisions)} from the databases of the model's other input shapes.
 
-    A task has the same name at every batch size. What cannot be read is left out: it is not of this case.
+    paths: where the case's own database may be; its siblings lie beside it. A task has the same name at every batch
+    size. What cannot be read is left out: it is not of this case.
     """
-    model, _, precision = path.name.rsplit(".", 2)
+    model, _, precision = paths[0].name.rsplit(".", 2)
+    files = [file for path in paths for file in sorted(path.parent.glob(f"{model}.*.{precision}.json.gz"))]
     siblings = {}
-    for file in sorted(path.parent.glob(f"{model}.*.{precision}.json.gz")):
-        other = path.with_name(file.name.removesuffix(".json.gz"))
-        if other == path or other.name.rsplit(".", 2)[0] != model:
+    for file in files:
+        other = file.with_name(file.name.removesuffix(".json.gz"))
+        if other in paths or other.name.rsplit(".", 2)[0] != model:
             continue
         with contextlib.suppress(DatabaseError):
             for record in read_database(other, origin)["records"]:
@@ -80,12 +171,23 @@ def read_journal(path, origin):
     """
     file = journal_path(path)
     try:
-        lines = file.read_text().splitlines(keepends=True)
-        first, *trials = [json.loads(line) for line in lines if line.endswith("\n")] or [{"origin": origin}]
-        found = first["origin"]
+        with file.open("rb") as opened:
+            content = opened.read(MAX_JOURNAL_BYTES + 1)
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise DatabaseError(f"{file} cannot be read: {error.strerror}") from None
+    first, *lines = content[: content.rfind(b"\n") + 1].splitlines() or [None]
+    if first is None:
+        return []
+    try:
+        if len(content) > MAX_JOURNAL_BYTES:
+            raise ValueError("it is too large")
+        found = parse(first, JournalHeader)["origin"]
+        trials = [parse(line, JournalLine) for line in lines]
+        if any("space" in trial and not {"decisions", "seconds"} <= trial.keys() for trial in trials):
+            raise ValueError("a trial has space, decisions and seconds")
+    except (ValueError, RecursionError):
         raise DatabaseError(f"{file} is damaged; delete it to tune anew") from None
     check_origin(file, found, origin)
     return trials
@@ -99,12 +201,17 @@ class Journal:
     """
 
     def __init__(self, path, origin):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = journal_path(path).open("a+b")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = journal_path(path).open("a+b")
+        except OSError as error:
+            raise DatabaseError(f"{journal_path(path)} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DatabaseError(f"{journal_path(path)} is being written: another process tunes this case") from None
+        except OSError as error:
+            warn(f"{journal_path(path)} cannot be locked ({error.strerror}): let no other process tune this case")
         self.trials = read_journal(path, origin)
         self.file.seek(0)
         whole, end, _ = self.file.read().rpartition(b"\n")
@@ -113,7 +220,8 @@ class Journal:
             self.append({"origin": origin})
 
     def append(self, line):
-        self.file.write(json.dumps(line).encode() + b"\n")
+        # What is not UTF-8 in a compiler's message would make the journal one that cannot be read.
+        self.file.write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 

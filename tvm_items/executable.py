@@ -1,18 +1,38 @@
-"""From a Relax module to what is timed: compiled, on the device, and bound to its arguments."""
+"""From a Relax module to what is timed: compiled, bound to its arguments, and kept on the disk for a second start."""
+
+import functools
+import json
+
+LIBRARY, WEIGHTS, INPUT_NAMES = "model.so", "weights.params", "inputs.json"
 
 
-def compile_with_tvm(module, target, case, pipeline, options):
-    """Returns the virtual machine of a compiled Relax module, on the case's device.
+def compile_and_bind(module, weights, exported, inputs, target, case, pipeline, options):
+    """Returns a Relax module as a callable without arguments that runs one inference, with an attribute `save`.
 
-    pipeline: a pass over Relax modules, or the name of one of TVM's. options: of TVM's PassContext. On CUDA the whole
-    model becomes one CUDA graph.
+    module, weights: import_to_relax()'s or tuned_module()'s, of the ExportedProgram `exported`. inputs: {name: PyTorch
+    tensor}. pipeline: a pass over Relax modules, or the name of one of TVM's. options: of TVM's PassContext. On CUDA
+    the whole model becomes one CUDA graph. save(directory) keeps what load_saved() needs.
     """
     import tvm
-    from tvm import relax
 
     options = {"relax.backend.use_cuda_graph": case.device != "cpu", **options}
     with tvm.transform.PassContext(opt_level=3, config=options):
         executable = tvm.compile(module, target, relax_pipeline=pipeline)
+    vm = virtual_machine(executable, case)
+    weights = on_device(weights, case)
+    if any(name.name_hint == "main_transform_params" for name in module.functions):
+        weights = list(vm["main_transform_params"](weights))
+    input_names = list(exported.example_inputs[1])  # in the order of the compiled function's arguments
+    run = functools.partial(bind_arguments(vm, input_names, inputs, weights))  # TVM's functions have no attributes
+    run.save = functools.partial(save, executable, input_names, weights)
+    return run
+
+
+def virtual_machine(executable, case):
+    """Returns a tvm.relax.VirtualMachine that runs an executable, or a loaded library of one, on the case's device."""
+    import tvm
+    from tvm import relax
+
     return relax.VirtualMachine(executable, tvm.runtime.device(case.device))
 
 
@@ -33,16 +53,35 @@ def on_device(weights, case):
     return [tvm.runtime.tensor(weight, tvm.runtime.device(case.device)) for weight in weights]
 
 
-def bind_arguments(vm, exported, inputs, weights):
+def bind_arguments(vm, input_names, inputs, weights):
     """Returns the virtual machine's `main` as a callable without arguments that runs one inference.
 
-    exported: the ExportedProgram that was compiled. inputs: {name: PyTorch tensor}, whose memory is shared: a change in
-    place is seen by the next call. weights: TVM tensors. vm["main"](x, *weights) would hand over every weight on every
-    call.
+    input_names: in the order of main's arguments. inputs: {name: PyTorch tensor}, whose memory is shared: a change in
+    place is seen by the next call. weights: TVM tensors on the device. vm["main"](x, *weights) would hand over every
+    weight on every call.
     """
     import tvm
 
-    _, keywords = exported.example_inputs  # in the order of the compiled function's arguments
-    arguments = [tvm.runtime.from_dlpack(inputs[name]) for name in keywords]
+    arguments = [tvm.runtime.from_dlpack(inputs[name]) for name in input_names]
     vm.save_function("main", "inference", *arguments, *weights)
     return vm["inference"]
+
+
+def save(executable, input_names, weights, directory):
+    """Writes a compiled model with its weights into an existing directory, as a deployment would. Needs g++."""
+    import tvm
+
+    executable.export_library(str(directory / LIBRARY))
+    on_host = {str(number): weight.copyto(tvm.cpu()) for number, weight in enumerate(weights)}
+    tvm.runtime.save_param_dict_to_file(on_host, str(directory / WEIGHTS))
+    (directory / INPUT_NAMES).write_text(json.dumps(list(input_names)))
+
+
+def load_saved(inputs, case, directory):
+    """Returns what bind_arguments() does, from the files that save() wrote. inputs: {name: PyTorch tensor}."""
+    import tvm
+
+    weights = tvm.runtime.load_param_dict_from_file(str(directory / WEIGHTS))
+    weights = on_device([weights[str(number)] for number in range(len(weights))], case)
+    vm = virtual_machine(tvm.runtime.load_module(str(directory / LIBRARY)), case)
+    return bind_arguments(vm, json.loads((directory / INPUT_NAMES).read_text()), inputs, weights)

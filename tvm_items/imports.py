@@ -26,6 +26,7 @@ def import_tvm(precision):
     from cuda.bindings import nvrtc
     from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
 
+    os.environ["TVM_NUM_THREADS"] = str(torch.get_num_threads())  # of itself TVM takes half of the cores
     with contextlib.suppress(RuntimeError):  # a system-wide CUDA is found by the dynamic linker
         load_nvidia_dynamic_lib("cudart")
     cccl = find_nvidia_header_directory("cccl")
@@ -38,7 +39,8 @@ def import_tvm(precision):
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_kernels, override=True)
-    nvrtc.nvrtcCompileProgram = functools.partial(call_nvrtc, nvrtc.nvrtcCompileProgram)
+    if not isinstance(nvrtc.nvrtcCompileProgram, functools.partial):  # once
+        nvrtc.nvrtcCompileProgram = functools.partial(call_nvrtc, nvrtc.nvrtcCompileProgram)
     if PRECISIONS[precision].dtype != torch.float32:
         import_tensor_core_intrinsics()
 

@@ -15,7 +15,7 @@ import time
 import typing
 
 from harness import processes
-from tvm_items.database import Journal, read_database, read_siblings, write_database
+from tvm_items.database import Journal, write_database
 from tvm_items.measure import build, measure
 from tvm_items.progress import Progress, describe, estimate_ms, restore
 from tvm_items.search import ROUND_SIZE, Candidate, Trial, search
@@ -26,16 +26,20 @@ REPORT_INTERVAL_S = 0.5
 JOBS_PER_BUILDER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 
 
-def tune(tasks, target_json, device, path, origin, tolerance, asked_trials, limit_s, workers, scratch):
+def tune(
+    tasks, target_json, device, path, origin, database, siblings, tolerance, asked_trials, limit_s, workers, scratch
+):
     """Searches until each task has `asked_trials` on average or `limit_s` seconds have passed; writes the database.
 
-    tasks: list of Tasks. target_json: find_target()'s. device: "cpu" or "cuda:N". path, origin: the database's, as in
-    read_database(). tolerance: largest relative error of a task's outputs. workers: the number of processes that search
-    and build. scratch: an existing directory for what they build. No thread and no CUDA context may be in the calling
-    process. Raises DatabaseError where the database or the journal cannot be used, RuntimeError where TVM's default
-    schedule works for no task.
+    tasks: list of Tasks. target_json: find_target()'s. device: "cpu" or "cuda:N". path, origin: of the database to
+    write, as in read_database(). database: the one to go on from, or None. siblings: read_siblings()'s. tolerance: the
+    largest relative error of a task's outputs. workers: the number of processes that search and build. scratch: an
+    existing directory for what they build. No thread and no CUDA context may be in the calling process. Raises
+    DatabaseError where the journal cannot be used, RuntimeError where TVM's default schedule works for no task.
     """
-    loop = TuningLoop(tasks, target_json, device, path, origin, tolerance, asked_trials, limit_s, workers, scratch)
+    loop = TuningLoop(
+        tasks, target_json, device, path, origin, database, siblings, tolerance, asked_trials, limit_s, workers, scratch
+    )
     try:
         loop.run()
         write_database(path, loop.make_database())
@@ -59,15 +63,27 @@ class TuningLoop:
     measured: there the two take turns.
     """
 
-    def __init__(self, tasks, target_json, device, path, origin, tolerance, asked_trials, limit_s, workers, scratch):
+    def __init__(
+        self,
+        tasks,
+        target_json,
+        device,
+        path,
+        origin,
+        database,
+        siblings,
+        tolerance,
+        asked_trials,
+        limit_s,
+        workers,
+        scratch,
+    ):
         self.target_json, self.device, self.tolerance, self.scratch = target_json, device, tolerance, scratch
         self.origin, self.asked_trials, self.limit_s = origin, asked_trials, limit_s
         self.journal = Journal(path, origin)
         self.progress = {task.key: Progress(task) for task in tasks}
-        self.spent_before_s, self.trials_before = restore(
-            self.progress, read_database(path, origin), self.journal.trials
-        )
-        self.siblings = read_siblings(path, origin)
+        self.spent_before_s, self.trials_before = restore(self.progress, database, self.journal.trials)
+        self.siblings = siblings
         self.trials_done = self.trials_before
         self.budget = asked_trials * len(tasks)
         self.start, self.next_report = time.monotonic(), 0.0

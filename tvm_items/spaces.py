@@ -141,13 +141,16 @@ class DesignSpaces:
     def realize(self, number, decisions, schedule=None, seed=1, verify=True):
         """Returns (schedule with all rules applied, its decisions), or None where the target forbids it.
 
-        number: of the design space. A decision that is None is drawn by TVM, from `seed`. schedule: of the module
-        before scheduling (default: a new one). verify: lower it to see what the target says, which is half of the work.
+        number: of the design space; None too where there is none of that number. A decision that is None is drawn by
+        TVM, from `seed`. schedule: of the module before scheduling (default: a new one). verify: lower it to see what
+        the target says, which is half of the work.
         """
         from tvm.s_tir import Schedule
         from tvm.s_tir.meta_schedule.postproc import VerifyGPUCode
         from tvm.s_tir.schedule import Trace
 
+        if number >= len(self):
+            return None
         space = self[number]
         given = {inst: decision for inst, decision in zip(space.samplings, decisions) if decision is not None}
         schedule = schedule or Schedule(self.module, seed=seed, debug_mask=0, error_render_level="none")

@@ -14,8 +14,9 @@ from harness import processes
 from harness.case import PRECISIONS, arithmetic
 from harness.errors import UserError, warn
 from harness.inputs import describe_shapes
+from harness.names import file_stem
 from harness.weights import load_on_device
-from tvm_items.database import DatabaseError, database_path, read_database, read_journal
+from tvm_items.database import DatabaseError, database_path, read_database, read_journal, read_siblings
 from tvm_items.importer import export_for_tvm
 from tvm_items.imports import import_tvm_for_tuning
 from tvm_items.kernels import compile_candidate
@@ -28,11 +29,20 @@ TUNE_TRIALS, TUNE_MINUTES = 100, 10.0  # trials for each task on average, and th
 MAKE_TASKS_TIMEOUT_S = 600
 
 
-def tuning_path(case):
-    """Returns where the case's tuning database is, without the ends of its files' names."""
-    name = ".".join((case.model_name, describe_shapes(case), case.precision))
-    device, name = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, name))
-    return case.tuning_dir / device / name
+def tuning_paths(case):
+    """Returns where the case's tuning database may be, without the ends of its files' names: where it is written first.
+
+    One path for each of the case's tuning_dirs.
+    """
+    device, shapes = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, describe_shapes(case)))
+    name = ".".join((file_stem(case.model_name), shapes, case.precision))
+    return [directory / device / name for directory in case.tuning_dirs]
+
+
+def find_database(case):
+    """Returns the case's tuning database, or None where there is none. Raises DatabaseError where it cannot be used."""
+    databases = (read_database(path, tuning_origin(case)) for path in tuning_paths(case))
+    return next((database for database in databases if database), None)
 
 
 def tuning_origin(case):
@@ -43,20 +53,39 @@ def tuning_origin(case):
     return f"{case.device_name}, TVM {version}"
 
 
+def has_database(case):
+    """Returns whether tvm_tune can run without a search; a database that cannot be used is warned of."""
+    try:
+        return find_database(case) is not None
+    except DatabaseError as error:
+        warn(str(error))
+        return False
+
+
+def describe_search(case):
+    """Returns the command that searches for the case's schedules, and for how long."""
+    return (
+        f"{TUNE_MINUTES:g} minutes of search on {case.device_name}: python benchmark.py --model {case.model_name} "
+        f"--batch-size {case.batch_size} --precision {case.precision} --tune-minutes {TUNE_MINUTES:g}"
+    )
+
+
 def plan_tuning(case, tune_trials, tune_minutes):
     """Returns (trials for each task on average, seconds) to tune the case with, None where its database will do.
 
     tune_trials, tune_minutes: what the user asks for, or None; without both any database will do. Raises UserError
     where the case's database or journal cannot be used.
     """
-    path = tuning_path(case)
     try:
-        database = read_database(path, tuning_origin(case))
-        read_journal(path, tuning_origin(case))
+        database = find_database(case)
+        read_journal(tuning_paths(case)[0], tuning_origin(case))
     except DatabaseError as error:
         raise UserError(str(error)) from None
-    databases = case.tuning_dir.glob(f"*/{database_path(path).name}")
-    if of_others := sorted({file.parent.name for file in databases} - {path.parent.name}):
+    paths = map(database_path, tuning_paths(case))
+    databases = {
+        (other.parent.name, path.parent.name) for path in paths for other in path.parent.parent.glob(f"*/{path.name}")
+    }
+    if of_others := sorted({other for other, own in databases if other != own}):
         there = ", ".join(of_others)
         warn(f"tuning databases of other devices are not used here: {there}; this is {case.device_name}")
     asked_trials = tune_trials or TUNE_TRIALS
@@ -72,8 +101,6 @@ def tune_case(case, asked_trials, limit_s):
     forks those that do.
     """
     processes.report("importing")
-    # TVM's import asks PyTorch whether there is a GPU. By NVML, then: by CUDA, no fork of this process could use one.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import_tvm_for_tuning(case.precision)
     importlib.import_module("xgboost")
     import tvm_ffi
@@ -87,8 +114,10 @@ def tune_case(case, asked_trials, limit_s):
         tasks,
         target_json,
         case.device,
-        tuning_path(case),
+        tuning_paths(case)[0],
         tuning_origin(case),
+        find_database(case),
+        read_siblings(tuning_paths(case), tuning_origin(case)),
         tolerance=PRECISIONS[case.precision].tolerance,
         asked_trials=asked_trials,
         limit_s=limit_s,
@@ -109,5 +138,5 @@ def make_tasks(case, target_json):
 
 def tuning_columns(case):
     """Returns the row's columns on what all the tuning behind the case's database took."""
-    database = read_database(tuning_path(case), tuning_origin(case))
+    database = find_database(case)
     return {name: database[name] for name in ("tune_time_s", "tune_trials")}

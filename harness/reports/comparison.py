@@ -1,0 +1,169 @@
+"""Which rows may stand side by side: read from CSVs and checked, the latest of each, grouped by setting and by case."""
+
+import csv
+import re
+import typing
+from collections import defaultdict
+
+from harness.errors import UserError
+from harness.reports import verdict
+from harness.rows import CASE, COLUMNS, KEY, SETTING, item_order, number
+
+FILLED = "model_name test_item batch_size device_name precision".split()  # columns that no row leaves empty
+TIMES = [name for name in COLUMNS if name.endswith(("_time_s", "_ms"))]
+INFER_TIMES = [name for name in TIMES if name.startswith("infer_time_")]
+
+
+class CaseRows(typing.NamedTuple):
+    """The rows of one model at one batch size in one setting, a row an item, in the items' order."""
+
+    label: str  # the model's name, and what tells it apart from others of that name
+    batch_size: int
+    rows: list  # dicts of the CSV's columns
+
+    def winners(self):
+        """Returns the names of the fastest item and of those level with it; none where there is nothing to compare."""
+        found = verdict.contenders(self.rows)
+        if len(found) < 2:
+            return set()
+        chosen, level = verdict.choose(found)
+        return {contender.item for contender in [chosen, *level]}
+
+
+class Comparison(typing.NamedTuple):
+    """The cases that were measured in one setting: what a table, a panel or a verdict may hold."""
+
+    setting: dict  # the SETTING columns, which all the rows share
+    cases: list
+
+    @property
+    def rows(self):
+        return [row for case in self.cases for row in case.rows]
+
+    @property
+    def title(self):
+        return f"{self.setting['device_name']}, {self.setting['precision']}"
+
+    @property
+    def items(self):
+        return sorted({row["test_item"] for row in self.rows}, key=item_order)
+
+
+def read_rows(paths):
+    """Returns the latest row of each KEY and item in the CSVs, with three columns more.
+
+    `layers` says how a model was cut in depth ("4 of 24 layers"), which the CSV has behind the kind of weights,
+    `sample_shape` is the inputs' shape without the batch, and `label` the name that the model has in tables.
+    """
+    rows = [row for path in paths for row in read_csv(path)]
+    for row in rows:
+        row["weights"], _, row["layers"] = row["weights"].partition(", ")
+        row["sample_shape"] = re.sub(r"=\d+(x?)", lambda batch: "=" if batch[1] else "", row["input_shape"])
+    rows.sort(key=lambda row: row["timestamp_utc"])
+    rows = list({tuple(row[name] for name in [*KEY, "layers", "test_item"]): row for row in rows}.values())
+    label_models(rows)
+    return rows
+
+
+def read_csv(path):
+    """Returns the rows of a CSV as dicts of text; raises UserError where it is none of benchmark.py's.
+
+    A last line that a power failure left half written is no row.
+    """
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+                raise UserError(f"{path} is not a CSV of this version's benchmark.py: it has no column {missing[0]}")
+            for row in reader:
+                rows.append((f"{path}, line {reader.line_num}", row))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if rows and None in rows[-1][1].values():
+        del rows[-1]
+    for place, row in rows:
+        check_row(place, row)
+    return [row for _, row in rows]
+
+
+def check_row(place, row):
+    """Raises UserError, which names the place, unless tables and pictures can be made of the row."""
+    if None in row or None in row.values():
+        raise UserError(f"{place}: more or fewer cells than the header has")
+    if empty := [name for name in FILLED if not row[name].strip()]:
+        raise UserError(f"{place}: {empty[0]} is empty")
+    if not re.fullmatch("[1-9][0-9]{0,8}", row["batch_size"]):
+        raise UserError(f"{place}: batch_size is {row['batch_size']!r}, not a whole number of at least 1")
+    if row["status"] not in ("ok", "wrong", "failed"):
+        raise UserError(f"{place}: status is {row['status']!r}, not ok, wrong or failed")
+    for name in TIMES:
+        try:
+            value = number(row, name)
+        except ValueError:
+            raise UserError(f"{place}: {name} is {row[name]!r}, not a number") from None
+        if value is not None and not 0 <= value < 1e12:
+            raise UserError(f"{place}: {name} is {row[name]!r}, which no time can be")
+        if row["status"] == "ok" and name in INFER_TIMES and not value and name != "infer_time_std_ms":
+            raise UserError(f"{place}: {name} is {row[name]!r} in a row that is ok")
+        if row["status"] == "ok" and name == "infer_time_std_ms" and value is None:
+            raise UserError(f"{place}: {name} is empty in a row that is ok")
+
+
+def label_models(rows):
+    """Gives each row a label: the model's name, and as much as tells it apart from other models of that name.
+
+    A class or a config that was not recorded, as in rows of earlier versions, tells nothing apart.
+    """
+    extras = {id(row): [row["layers"]] if row["layers"] else [] for row in rows}
+    for name in ("sample_shape", "model_class", "config_hash"):
+        alike = defaultdict(list)
+        for row in rows:
+            alike[row["model_name"], *extras[id(row)]].append(row)
+        for group in alike.values():
+            if len({row[name] for row in group if row[name]}) > 1:
+                for row in group:
+                    extras[id(row)].append(row[name] or f"{name} not recorded")
+    for row in rows:
+        extra = ", ".join(extras[id(row)])
+        row["label"] = f"{row['model_name']} ({extra})" if extra else row["model_name"]
+
+
+def compare(rows):
+    """Returns a Comparison for each setting, in the order device, precision, weights, versions."""
+    settings = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        case = row["label"], int(row["batch_size"]), *(row[name] for name in CASE)
+        settings[tuple(row[name] for name in SETTING)][case].append(row)
+    return [
+        Comparison(
+            dict(zip(SETTING, setting)),
+            [
+                CaseRows(case[0], case[1], sorted(cases[case], key=lambda row: item_order(row["test_item"])))
+                for case in sorted(cases)
+            ],
+        )
+        for setting, cases in sorted(settings.items())
+    ]
+
+
+def drop_superseded(rows):
+    """Returns the rows less those that were measured again, every item of the case, with other versions or threads.
+
+    What is published on a front page is the newest; the rest stays in the CSV and in the tables of all rows.
+    """
+    cases = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        case = tuple(
+            row[name] for name in "device_name precision weights model_name layers sample_shape batch_size".split()
+        )
+        cases[case][tuple(row[name] for name in SETTING)].append(row)
+    kept = []
+    for settings in cases.values():
+        measured = set()
+        for group in sorted(settings.values(), key=lambda group: max(r["timestamp_utc"] for r in group), reverse=True):
+            items = {row["test_item"] for row in group}
+            if not items <= measured:
+                kept += group
+            measured |= items
+    return kept
