@@ -25,7 +25,7 @@ TRIAL = {"task": "a", "elapsed_s": 1.5, "space": 1, "decisions": [[2, 4], 3], "s
 WRONG = {
     "task": [None, 5, ["a"]],
     "space": [-1, "1", 1.5, True, None, 2**70],
-    "decisions": ["12", 5, {}, [-1], [[0]], ["1"], [[1, [2]]], [1.5]],
+    "decisions": ["12", 5, {}, [-3], [[0]], ["1"], [[1, [2]]], [1.5]],
     "seconds": ["1e-6", -1.0, [], float("inf"), float("nan"), True],
 }
 

@@ -28,10 +28,16 @@ def not_negative(value):
 
 
 def decisions_in_range(value):
-    """Raises ValueError for a choice below 0, or a factor of a tile below 1."""
+    """Raises ValueError for a factor of a tile below 1, or a choice below -2.
+
+    SampleComputeLocation chooses a loop, -1 for the root of the task, or -2 for inlining.
+    """
     for decision in value:
-        for number in decision if isinstance(decision, list) else [decision]:
-            not_negative(number - 1 if isinstance(decision, list) else number)
+        if isinstance(decision, list):
+            for factor in decision:
+                not_negative(factor - 1)
+        elif decision is not None:
+            not_negative(decision + 2)
 
 
 # What search.py and spaces.py take: the number of a design space, and a decision for each sampling instruction.
