@@ -150,6 +150,7 @@ def compare(rows):
 def drop_superseded(rows):
     """Returns the rows less those that were measured again, every item of the case, with other versions or threads.
 
+    And less those of a case that has the same items and more in another setting: half a sweep says nothing of what wins.
     What is published on a front page is the newest; the rest stays in the CSV and in the tables of all rows.
     """
     cases = defaultdict(lambda: defaultdict(list))
@@ -161,9 +162,10 @@ def drop_superseded(rows):
     kept = []
     for settings in cases.values():
         measured = set()
+        items_of_settings = [{row["test_item"] for row in group} for group in settings.values()]
         for group in sorted(settings.values(), key=lambda group: max(r["timestamp_utc"] for r in group), reverse=True):
             items = {row["test_item"] for row in group}
-            if not items <= measured:
+            if not items <= measured and not any(items < others for others in items_of_settings):
                 kept += group
             measured |= items
     return kept
