@@ -5,7 +5,7 @@
 
 The file reads in the order of the data: arguments -> test items -> compile, warm up, time and check one -> the cases.
 docs/methodology.md says what each number means and how we know that it is right; README.md ends with a map of the code.
-Exit code: 0 all rows ok, 1 a row is failed or wrong, 2 bad input (nothing written), 130 interrupted.
+Exit code: 0 all rows ok, 1 a row is failed, wrong or not written, 2 bad input (nothing written), 130 interrupted.
 """
 
 import argparse
@@ -34,12 +34,15 @@ from harness.architectures import BUILTIN_ARCHITECTURES
 from harness.arguments import OneLineParser, at_least_one, positive
 from harness.case import PRECISIONS, arithmetic
 from harness.cases import describe_case, find_models, make_cases
-from harness.check import check, output_arrays
+from harness.check import output_arrays
 from harness.device import Gpu, describe_device, disturbances, process_memory_bytes, reset_peak_memory, synchronize
-from harness.errors import UserError, one_line, print_error
+from harness.errors import UserError, one_line, print_error, warn
+from harness.inputs import change_inputs
 from harness.processes import Launchers, Worker, WorkerError, end_on_stop_signals, report
+from harness.reference import USUAL_ORIGIN, Reference, References
 from harness.reports.terminal import describe_end, describe_row, describe_title, process_age_s
 from harness.rows import LOCAL, LOCAL_RESULTS, RESULTS, SKIPPED_STATUSES, append_row, check_results_file, find_statuses
+from harness.streams import protect_standard_streams
 from harness.weights import load_on_device
 from tvm_items import tuning
 from tvm_items.apply import apply_database
@@ -130,7 +133,7 @@ def parse_args(argv=None):
 # ---- Test items -----------------------------------------------------------------------------------------------------
 # Each is a function (model, inputs, case) -> callable without arguments that runs one inference and returns its
 # outputs. Model and inputs are already on the device in the case's precision. Nothing but the inference may happen
-# inside the callable.
+# inside the callable. It reads the tensors that are in the dict `inputs` when the function returns: they will change.
 
 
 def eager(model, inputs, case):
@@ -148,14 +151,16 @@ def inductor(mode, model, inputs, case):
 def in_best_layout(model, inputs, case):
     """Returns the model and its inputs, channels last where that is what PyTorch's documentation tells users to set.
 
-    For convolutional models in half precision on CUDA; in fp32 eager is slower by it (docs/methodology.md).
+    For convolutional models in half precision on CUDA; in fp32 eager is slower by it (docs/methodology.md). The dict
+    `inputs` then holds the new tensors.
     """
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
     if case.device == "cpu" or PRECISIONS[case.precision].dtype == torch.float32 or convolutions < 2:
         return model, inputs
     model = model.to(memory_format=torch.channels_last)
     images = {name: tensor.to(memory_format=torch.channels_last) for name, tensor in inputs.items() if tensor.ndim == 4}
-    return model, {**inputs, **images}
+    inputs.update(images)
+    return model, inputs
 
 
 def tvm_default(model, inputs, case):
@@ -228,15 +233,6 @@ def import_compiler(name, precisions):
         gc.enable()
 
 
-@torch.no_grad()
-def compute_reference(case):
-    """Returns the outputs of eager PyTorch in IEEE fp32 as NumPy arrays, which every item is checked against."""
-    report("computing")
-    with arithmetic("fp32") as dtype:
-        model, inputs = load_on_device(case, dtype)
-        return output_arrays(model(**inputs))
-
-
 def run_in_forks(name, case, reference, timeout_s, verbose):
     """Runs a test item in a process of its own, and then starts it again in another one; returns the row's columns.
 
@@ -262,7 +258,7 @@ def run_in_forks(name, case, reference, timeout_s, verbose):
 def run_item(name, case, reference):
     """Returns the CSV columns that one test item gives, plus `timing_s`: wall seconds of warm-up and timed runs.
 
-    reference: the outputs of compute_reference(). The order of the lines defines the columns.
+    reference: the case's Reference. The order of the lines defines the columns.
     """
     item = TEST_ITEMS[name]
     compiles = item.import_compiler is not None
@@ -282,13 +278,15 @@ def run_item(name, case, reference):
             start = time.perf_counter()
             timing = time_item(run, case, gpu)
             timing_s = time.perf_counter() - start
-        peak_memory = process_memory_bytes(case.device) - memory_before if memory_is_known else None
+            peak_memory = process_memory_bytes(case.device) - memory_before if memory_is_known else None
 
-        report("checking")
-        last = output_arrays(timing.outputs)
+            report("checking")
+            last = output_arrays(timing.outputs)  # before a CUDA graph's next run overwrites them
+            change_inputs(inputs, case)
+            changed = run_once(run, case.device)
         columns = {
             **statistics(timing.times_ms, case.batch_size),
-            **check(first, last, reference, PRECISIONS[case.precision].tolerance),
+            **reference.check(PRECISIONS[case.precision].tolerance, first, last, changed),
             "compile_time_s": first_run_s if compiles else None,
             "host_time_ms": timing.host_ms,
             "peak_memory_mib": peak_memory and peak_memory / 2**20,
@@ -317,7 +315,7 @@ def start_again(name, case, reference):
         synchronize(case.device)
         with inference_mode(name):
             _, outputs, seconds = compile_and_run(item.load or item.build, model, inputs, case)
-    columns = check(outputs, outputs, reference, PRECISIONS[case.precision].tolerance)
+    columns = reference.check(PRECISIONS[case.precision].tolerance, outputs)
     if columns["error"]:
         raise RuntimeError(columns["error"])
     return {"warm_start_time_s": seconds}
@@ -338,12 +336,20 @@ def report_errors_as(columns, name):
 
 
 def compile_and_run(build, model, inputs, case):
-    """Returns the item's callable, its first outputs as arrays, and the wall seconds until those were finished."""
+    """Returns the item's callable, its first outputs as arrays, and the wall seconds until they were finished."""
     start = time.perf_counter()
     run = build(model, inputs, case)
     outputs = run()
     synchronize(case.device)
-    return run, output_arrays(outputs), time.perf_counter() - start
+    first_run_s = time.perf_counter() - start  # without copying the outputs to the host
+    return run, output_arrays(outputs), first_run_s
+
+
+def run_once(run, device):
+    """Returns the finished outputs of one inference as arrays."""
+    outputs = run()
+    synchronize(device)
+    return output_arrays(outputs)
 
 
 class Timing(typing.NamedTuple):
@@ -456,8 +462,6 @@ def benchmark(args):
 
     Every row that came to an end is in the CSV, whatever happens after it.
     """
-    if args.results == LOCAL_RESULTS:
-        LOCAL.mkdir(exist_ok=True)
     check_results_file(args.results)
     models = find_models(args.model, args.weights, args.task)
     with contextlib.ExitStack() as stack:
@@ -484,7 +488,7 @@ class Session:
 
     def __init__(self, args, bar, launchers):
         self.args, self.bar, self.launchers = args, bar, launchers
-        self.last_reference = {}  # of the case before: {(model, batch size): outputs or WorkerError}
+        self.references = References(functools.partial(self.call_isolated, "reference"))
 
     def run_case(self, case, columns, start):
         """Runs the items of one case and prints its rows and the verdict; returns 0, 1 for a row that is not ok, or 2.
@@ -503,11 +507,11 @@ class Session:
             says.append(f"already in {args.results}: {there}")
         items = [name for name in items if name not in skipped]
         try:
-            tune_options = (
-                tuning.plan_tuning(case, args.tune_trials, args.tune_minutes) if "tvm_tune" in items else None
-            )
+            tune_options = "tvm_tune" in items and tuning.plan_tuning(case, args.tune_trials, args.tune_minutes)
             self.import_compilers(items)
-            reference = self.find_reference(case) if items else None
+            reference = self.references.find(case) if items else None
+            if isinstance(reference, Reference) and reference.origin != USUAL_ORIGIN:
+                says.append(f"the reference is {reference.origin}: {USUAL_ORIGIN} does not fit the memory")
             self.launchers.wait(self.show("compilers"))  # nothing is timed while a compiler is still imported
             tqdm.write("\n".join([describe_title(case, columns), *says]))
             self.bar.reset(total=len(items))
@@ -517,10 +521,11 @@ class Session:
             return 2
         if rows:
             print(describe_end(rows, time.monotonic() - start, args))
-        return 0 if all(status == "ok" for status in [*skipped.values(), *(row["status"] for row in rows)]) else 1
+        good = [row["status"] == "ok" and "not_saved" not in row for row in rows]
+        return 0 if all(good) and all(status == "ok" for status in skipped.values()) else 1
 
     def run_item(self, name, case, columns, reference, tune_options):
-        """Returns the row of one item, which is in the CSV by then."""
+        """Returns the row of one item, which is in the CSV by then, or has `not_saved`: why it is not."""
         search_s = 0.0
         try:
             if isinstance(reference, WorkerError):
@@ -537,24 +542,13 @@ class Session:
             item_columns = {"status": "failed", "error": str(error)}
         timestamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         row = {"test_item": name, "timestamp_utc": timestamp, **columns, **item_columns}
-        append_row(self.args.results, row, unless=SKIPPED_STATUSES[self.args.skip])
+        with report_errors_as(row, "not_saved"):
+            append_row(self.args.results, row, unless=SKIPPED_STATUSES[self.args.skip])
         tqdm.write(describe_row(row))
+        if "not_saved" in row:
+            print_error(f"{self.args.results}: the row of {name} is not written: {row['not_saved']}")
         self.bar.update()
         return row
-
-    def find_reference(self, case):
-        """Returns the outputs that the case is checked against, or the WorkerError that stands for them.
-
-        Those of the case before where they will do: they are in fp32 whatever the case's precision.
-        """
-        key = (case.model_name, case.batch_size)
-        if key not in self.last_reference:
-            self.last_reference.clear()
-            try:
-                self.last_reference[key] = self.call_isolated("reference", compute_reference, case)
-            except WorkerError as error:
-                self.last_reference[key] = WorkerError(f"no reference to check against: {error}")
-        return self.last_reference[key]
 
     def import_compilers(self, items):
         """Begins to import what the items need, each compiler in a process of its own, unless that has begun."""
@@ -580,7 +574,7 @@ def main(argv=None):
     gc.freeze()  # what is imported by now is never garbage: no fork looks through it
     # The compilers' modules ask whether there is a GPU. By NVML, then: by CUDA, no fork of theirs could use one.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    sys.stdout.reconfigure(line_buffering=True)  # a log shows each row as it ends
+    protect_standard_streams(on_loss=lambda error: warn(f"the terminal's lines are lost: {error.strerror}"))
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
     tqdm.monitor_interval = 0  # no thread in the process that forks

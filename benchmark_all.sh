@@ -5,8 +5,10 @@
 #   MODELS="google/vit-base-patch16-224" BATCH_SIZES="1 8" PRECISIONS="fp32 fp16" bash benchmark_all.sh -- --iterations 100
 #   GPUS="0 1 2 3" bash benchmark_all.sh                      four cases at once, one on each GPU
 #   bash benchmark_all.sh --list                              one command line a case, for another engine (Slurm, say)
+#   bash benchmark_all.sh --help                              these lines
 #
-# MODELS, BATCH_SIZES   what to run, separated by spaces; MODELS=builtin: every model that benchmark.py has built in
+# MODELS, BATCH_SIZES   what to run, separated by spaces, tabs or line breaks, like all lists here; MODELS=builtin:
+#                       every model that benchmark.py has built in
 # PRECISIONS            likewise (default: fp32)
 # RESULTS               the CSV that rows are appended to (default: results/local/benchmark.csv, which git ignores)
 # PYTHON                the interpreter (default: python)
@@ -18,8 +20,8 @@
 # GPUS                  one case at a time on each of these GPUs (numbers or UUIDs, as in CUDA_VISIBLE_DEVICES)
 # JOBS                  so many cases at once (default: one for each of GPUS)
 # HOSTS                 on these hosts, by ssh, and not on this one; each has this directory at the same path
-# Options after -- go to benchmark.py unchanged. A case that fails does not stop the sweep. Exit code:
-# 0 all rows ok, 1 not all, 2 bad arguments of this script, 130 interrupted.
+# Options after -- go to benchmark.py unchanged, but for those that the sweep itself gives it, which are refused. A case
+# that fails does not stop the sweep. Exit code: 0 all rows ok, 1 not all, 2 bad arguments of this script, 130 interrupted.
 set -u
 
 fail() {
@@ -54,14 +56,26 @@ if [ "${1-}" = --in-slot ]; then
     in_slot "$@"
 fi
 
+if [[ ${1-} = --help || ${1-} = -h ]]; then
+    sed -n '2,/^set/ { /^#/ s/^# \{0,1\}//p }' "${BASH_SOURCE[0]}"
+    exit
+fi
+
+# Fills an array with the words of an environment variable, or of a default where that is unset or empty.
+read_list() { # array, variable, default
+    local -n words=$1
+    local text=${!2-}
+    read -rd '' -a words <<<"${text:-$3}" # to the end of the text, over all its lines
+    [ -z "$text" ] || [ ${#words[@]} -gt 0 ] || fail "$2 is set, but there is nothing in it"
+}
+
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-read -ra models <<<"${MODELS:-facebook/convnext-tiny-224 microsoft/resnet-50}"
-read -ra batch_sizes <<<"${BATCH_SIZES:-1 4 16}"
-read -ra precisions <<<"${PRECISIONS:-fp32}"
-read -ra gpus <<<"${GPUS:-}"
-read -ra hosts <<<"${HOSTS:-}"
-results=$(realpath -m "${RESULTS:-$here/results/local/benchmark.csv}")
-[ -n "${RESULTS:-}" ] || mkdir -p "$here/results/local"
+read_list models MODELS "facebook/convnext-tiny-224 microsoft/resnet-50"
+read_list batch_sizes BATCH_SIZES "1 4 16"
+read_list precisions PRECISIONS fp32
+read_list gpus GPUS ""
+read_list hosts HOSTS ""
+results=$(realpath -m "${RESULTS:-$here/results/local/benchmark.csv}" 2>/dev/null) || fail "RESULTS=${RESULTS-} is no path"
 python=${PYTHON:-python}
 if [ "${models[*]}" = builtin ]; then
     read -ra models < <(cd "$here" && "$python" -c 'from harness.architectures import BUILTIN_ARCHITECTURES as names; print(*names)')
@@ -75,6 +89,15 @@ if [ "${1-}" = --list ]; then
 fi
 [ "${1---}" = -- ] || fail "unknown argument $1; options for benchmark.py stand after --"
 shift $(($# > 0))
+declare -A given=([--model]=MODELS [--batch-size]=BATCH_SIZES [--precision]=PRECISIONS [--results]=RESULTS
+    [--skip]="RETRY or FORCE" [--concurrent-cases]=JOBS)
+for option in "$@"; do
+    name=${option%%=*}
+    for whole in "${!given[@]}"; do
+        # The beginning of one too: it is meant as an abbreviation, which benchmark.py does not take.
+        [[ $name != --?* || $whole != "$name"* ]] || fail "$option: the sweep gives benchmark.py $whole; set ${given[$whole]}"
+    done
+done
 
 case ${RETRY:-} in
 '') skip=(--skip ended) ;;
@@ -113,6 +136,16 @@ if [ -n "$list" ]; then
     printf '%s\n' "${processes[@]}"
     exit
 fi
+for program in "$python" setpriv; do
+    command -v -- "$program" >/dev/null || fail "$program is not there; PYTHON names the interpreter, util-linux has setpriv"
+done
+[ -n "${RESULTS:-}" ] || mkdir -p "$here/results/local"
+# What cannot be printed, because the reader of a pipe has gone say, costs no row.
+trap '' PIPE
+[ -e /proc/self/fd/1 ] || exec >/dev/null
+say() {
+    printf '%s\n' "$@" 2>/dev/null
+}
 
 # Children run in the background, so that a signal to this script alone reaches them too, and at once; setpriv ends them
 # when this script is killed outright.
@@ -130,7 +163,7 @@ problems=()
 if [ "$jobs" -eq 0 ]; then
     trap 'stop TERM' INT TERM
     for i in "${!processes[@]}"; do
-        echo "[$((i + 1))/${#processes[@]}]"
+        say "[$((i + 1))/${#processes[@]}]"
         eval "setpriv --pdeathsig TERM ${processes[i]} &"
         child=$!
         wait "$child"
@@ -163,10 +196,9 @@ else
 fi
 trap - INT TERM
 
-echo
 cases=$((${#models[@]} * ${#batch_sizes[@]} * ${#precisions[@]}))
-echo "$cases cases by ${#processes[@]} processes in $SECONDS s, ${#problems[@]} with rows that are not ok"
-[ ${#problems[@]} -eq 0 ] || printf '  %s\n' "${problems[@]}"
+say "" "$cases cases by ${#processes[@]} processes in $SECONDS s, ${#problems[@]} with rows that are not ok"
+[ ${#problems[@]} -eq 0 ] || say "${problems[@]/#/  }"
 
 if [ -s "$results" ]; then # without a row there is nothing to draw
     "$python" "$here/plot.py" "$results" || exit 1

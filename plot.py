@@ -12,12 +12,11 @@ rows of one case and item the latest counts. Exit code: 0, or 2 on bad input.
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
 from harness.arguments import OneLineParser
-from harness.errors import UserError
+from harness.errors import UserError, print_error
 from harness.reports.comparison import compare, drop_superseded, read_rows
 from harness.reports.pictures import save_pictures
 from harness.reports.tables import (
@@ -30,6 +29,7 @@ from harness.reports.tables import (
     verdict_table,
 )
 from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_RESULTS
+from harness.streams import protect_standard_streams
 
 DOCS = Path(__file__).resolve().parent / "docs"
 READMES = [DOCS.parent / "README.md", DOCS / "README.zh-CN.md"]
@@ -38,9 +38,7 @@ COVERAGE_PAGE = DOCS / "coverage.md"
 
 
 def parse_arguments(arguments):
-    parser = OneLineParser(
-        prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="CSV", help="rows to show instead of your own")
     parser.add_argument(
         "--long", action="store_true", help="a line a row: model_name, test_item, batch_size, compile and mean time"
@@ -120,18 +118,24 @@ def replace_parts(page, parts):
     return text
 
 
-def main(arguments):
+def stop(error):
+    """Raises the error: tables that cannot be printed are no result."""
+    raise error
+
+
+def main(arguments=None):
+    protect_standard_streams(on_loss=stop)
     options = parse_arguments(arguments)
-    if options.publish:
-        publish()
-    else:
-        show(options.files or [find_rows_to_show()], options.long)
+    try:
+        if options.publish:
+            publish()
+        else:
+            show(options.files or [find_rows_to_show()], options.long)
+    except (UserError, OSError) as error:  # OSError: a directory that cannot be written, say
+        print_error(error, "plot.py")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python plot.py | head` ends without a word
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:  # OSError: a directory that cannot be written, say
-        print(f"plot.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -2,19 +2,30 @@
 
 import argparse
 import math
+import sys
+
+from harness.errors import print_error
+
+MOST_DIGITS = 9  # of a batch size, say: tables take no more, and no machine has the memory
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line on stderr and exit code 2."""
+    """An argument parser whose errors are one line on stderr and exit code 2; options have no abbreviations."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        print_error(message, self.prog)
+        sys.exit(2)
 
 
 def at_least_one(text):
-    value = int(text) if text.isdecimal() else 0
+    value = int(text) if text.isdecimal() and len(text) <= MOST_DIGITS else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least 1 and at most {MOST_DIGITS} digits, not {text!r:.80}"
+        )
     return value
 
 
@@ -24,5 +35,5 @@ def positive(text):
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r:.80}")
     return value

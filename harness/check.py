@@ -37,14 +37,3 @@ def relative_error(outputs, reference):
         error = np.linalg.norm(out.astype(np.float64) - ref) / norm
         errors.append(error if np.isfinite(error) else math.inf)
     return float(max(errors))
-
-
-def check(first, last, reference, tolerance):
-    """Returns the columns rel_error, status and error of a first and a last output, each a list of arrays.
-
-    Of both: a replayed CUDA graph must give what the first call gave.
-    """
-    rel_error = max(relative_error(first, reference), relative_error(last, reference))
-    if rel_error <= tolerance:
-        return {"rel_error": rel_error, "status": "ok", "error": ""}
-    return {"rel_error": rel_error, "status": "wrong", "error": f"rel_error {rel_error:.2e} is above {tolerance:g}"}

@@ -1,5 +1,6 @@
 """What a user is told when something is wrong: one line, never a traceback."""
 
+import re
 import sys
 
 
@@ -7,17 +8,39 @@ class UserError(Exception):
     """A mistake of the user's, or a model that cannot be had: one line on stderr and exit code 2."""
 
 
+def without_breaks(text):
+    """Returns a text as one line: every run of white space, which line breaks belong to, is one space."""
+    return " ".join(str(text).split())
+
+
+# How inductor, Triton and the compilers say that a compiler or Python's headers are missing.
+NO_COMPILER = re.compile(
+    r"InvalidCxxCompiler|Failed to find C compiler|Python\.h: No such file|Command '\['[^']*(cc|clang)'.*non-zero exit"
+)
+COMPILER_REMEDY = "a C++ compiler and Python's headers are needed (apt install g++ python3-dev): "
+TORCH_HINT = re.compile(r" ?Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace.*")  # at the end of every message
+
+
 def one_line(error, limit=300):
-    """Returns the class and the message of an exception in one line of at most `limit` characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Returns the class and the message of an exception in one line of at most `limit` characters.
+
+    What is too long is cut in the middle: a compiler's command line may stand there, and the reason at the end. Where a
+    compiler is missing, the line begins with the remedy.
+    """
+    text = TORCH_HINT.sub("", without_breaks(f"{type(error).__name__}: {error}"))
+    remedy = COMPILER_REMEDY if NO_COMPILER.search(text) else ""
+    limit -= len(remedy)
+    if len(text) > limit:
+        end = 2 * limit // 3
+        text = f"{text[: limit - end - 3]} … {text[-end:]}"
+    return remedy + text
 
 
 def warn(message):
     """Prints one line of warning on stderr."""
-    print(f"benchmark.py: warning: {message}", file=sys.stderr)
+    print(f"benchmark.py: warning: {without_breaks(message)}", file=sys.stderr)
 
 
-def print_error(error):
-    """Prints a UserError as the one line on stderr that stands beside exit code 2."""
-    print(f"benchmark.py: error: {error}", file=sys.stderr)
+def print_error(error, program="benchmark.py"):
+    """Prints an error, a UserError or a text, as one line on stderr."""
+    print(f"{program}: error: {without_breaks(error)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from harness.case import SEED
 from harness.device import host_memory_bytes
 from harness.errors import UserError, one_line
 
+CHANGED_SEED = SEED + 1  # of the inputs that an item gets once it was timed
 AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
 
 
@@ -88,9 +89,9 @@ def token_count(case, config):
     return min(case.seq_len, positions)
 
 
-def make_inputs(case):
+def make_inputs(case, seed=SEED):
     """Returns {name: tensor} for the model's forward(), on the CPU: seeded fp32 normal noise, or int64 token ids."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     inputs = {}
     for name, shape in input_shapes(case).items():
         if name == "attention_mask":
@@ -100,6 +101,16 @@ def make_inputs(case):
         else:
             inputs[name] = torch.randn(shape, generator=generator)
     return inputs
+
+
+def change_inputs(inputs, case):
+    """Gives a case's inputs other values in place: other noise and other token ids; attention masks stay all ones.
+
+    inputs: make_inputs()'s {name: tensor} on any device and in any dtype. Whoever reads these tensors later reads the
+    new values.
+    """
+    for name, tensor in make_inputs(case, CHANGED_SEED).items():
+        inputs[name].copy_(tensor)
 
 
 def make_tokens(case, shape, generator):

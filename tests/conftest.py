@@ -33,6 +33,17 @@ TINY_RESNET = {
     "image_size": 32,
 }
 
+TINY_BERT = {
+    "model_type": "bert",
+    "architectures": ["BertForSequenceClassification"],
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 1000,
+    "pad_token_id": 0,
+}
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.device_count():  # asks NVML: a process that has asked CUDA cannot fork one that uses it

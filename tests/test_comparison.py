@@ -47,10 +47,11 @@ def test_only_what_was_measured_again_in_full_gives_way_to_newer_versions(tmp_pa
 
 
 def test_pictures_have_names_of_their_own():
-    names = ["a/b", "a_b", "a/c", "/a/directory/", "x" * 300, "x" * 301]
+    names = ["a/b", "a_b", "a/c", "/a/directory/", "x" * 300, "x" * 301, "a\0b", "a\nb"]
     files = file_names(names)
     assert files[2:4] == ["a_c_infer_time.png", "a_directory_infer_time.png"]
     assert len(set(files)) == len(files) and max(map(len, files)) <= 255
+    assert "".join(files).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import benchmark
-from conftest import TINY_RESNET, make_case, read_csv
+from conftest import TINY_BERT, TINY_RESNET, make_case, read_csv
 from harness.case import arithmetic
 from harness.check import output_arrays, relative_error
 from harness.models import find_model
@@ -42,6 +42,28 @@ def test_tuned_schedules_are_measured_checked_and_used(command, write_model, tmp
     measured = [line for line in lines if line.get("seconds")]
     assert len(measured) > 0.5 * int(row["tune_trials"]), [line["error"] for line in lines if "error" in line][:5]
     print(f"\n{precision}: {row['tune_trials']} trials in {row['tune_time_s']} s, {len(measured)} of them valid")
+
+
+@pytest.mark.parametrize("config", [TINY_RESNET, TINY_BERT], ids=["resnet", "bert"])
+def test_every_item_reads_the_inputs_that_change_in_place(command, write_model, tmp_path, config):
+    """In fp16, where convolutional models have channels-last copies, and with CUDA graphs; else the rows are wrong."""
+    items = ["torch", "torch_compile", "torch_compile_reduce_overhead", "tvm"]
+    arguments = ["--model", write_model(config), "--weights", "random", "--precision", "fp16", "--test-items", *items]
+    done = command("benchmark.py", *arguments, "--results", "rows.csv")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row["reference"] for row in read_csv(tmp_path / "rows.csv")} == {"fp32 on the device"}
+
+
+def test_a_reference_that_does_not_fit_is_computed_on_the_host(command, write_model, tmp_path):
+    """Another process leaves less memory than the weights need in fp32, and more than in fp16."""
+    model = write_model(TINY_BERT | {"vocab_size": 2**20, "hidden_size": 1024})  # 4 GiB in fp32
+    free, _ = torch.cuda.mem_get_info(CUDA)
+    held = torch.empty(free - 7 * 2**29, dtype=torch.uint8, device=CUDA)
+    arguments = ["--model", model, "--weights", "random", "--precision", "fp16", "--test-items", "torch"]
+    done = command("benchmark.py", *arguments, "--results", "rows.csv", timeout=550)
+    assert held.numel() and done.returncode == 0, done.stdout + done.stderr
+    (row,) = read_csv(tmp_path / "rows.csv")
+    assert row["reference"] == "fp32 on the host"
 
 
 def test_out_of_memory_is_a_failed_row(command, write_model, tmp_path):

@@ -1,6 +1,12 @@
 """The sweep: benchmark_all.sh goes on past failures and ends with tables and pictures."""
 
+import os
+import shlex
+import shutil
+import subprocess
 import sys
+
+import pytest
 
 from conftest import QUICK, ROOT, read_csv
 
@@ -51,3 +57,72 @@ def test_sweep_of_ok_rows_ends_with_zero(command, write_model, tmp_path):
 def test_sweep_refuses_arguments_of_its_own(command):
     done = command("benchmark_all.sh", "--precision", "fp16")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--precision" in done.stderr
+
+
+def one_line(done):
+    """Returns the only line of a script that refuses to run, on stderr."""
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and not done.stdout and line.startswith("benchmark_all.sh: error: ")
+    return line
+
+
+def test_lists_are_separated_by_any_white_space(command):
+    lists = {"MODELS": "a\nb\n", "BATCH_SIZES": "\t1\n\n8", "PRECISIONS": " fp32\tfp16 ", **ENVIRONMENT}
+    done = command("benchmark_all.sh", "--list", **lists)
+    cases = [(line[3], line[5], line[7]) for line in map(shlex.split, done.stdout.splitlines())]
+    assert cases == [(model, size, precision) for model in "ab" for size in "18" for precision in ("fp32", "fp16")]
+    refused = command("benchmark_all.sh", "--list", GPUS="0\n1", JOBS="3", **ENVIRONMENT)
+    assert "GPUS names 2" in one_line(refused)
+
+
+@pytest.mark.parametrize("name", ["MODELS", "BATCH_SIZES", "PRECISIONS", "GPUS", "HOSTS"])
+def test_an_empty_list_is_refused(command, name):
+    assert name in one_line(command("benchmark_all.sh", **{name: " \n\t"}, **ENVIRONMENT))
+
+
+@pytest.mark.parametrize(
+    "option, variable",
+    [
+        ("--model", "MODELS"),
+        ("--batch-size=8", "BATCH_SIZES"),
+        ("--batch", "BATCH_SIZES"),
+        ("--precision", "PRECISIONS"),
+        ("--results", "RESULTS"),
+        ("--res=x", "RESULTS"),
+        ("--skip=ok", "RETRY"),
+        ("--concurrent-cases", "JOBS"),
+    ],
+)
+def test_options_that_the_sweep_sets_itself_are_refused(command, option, variable):
+    line = one_line(command("benchmark_all.sh", "--", "--verbose", option, "8", **ENVIRONMENT))
+    assert option in line and variable in line
+
+
+@pytest.mark.parametrize("variable, value", [("PYTHON", "no-such-python"), ("PATH", None)])
+def test_a_missing_program_is_refused_before_anything_runs(command, tmp_path, variable, value):
+    if variable == "PATH":  # of all that the script needs but setpriv
+        value = tmp_path / "bin"
+        value.mkdir()
+        for name in ("bash", "dirname", "realpath", "mkdir", "sed"):
+            (value / name).symlink_to(shutil.which(name))
+    done = command("benchmark_all.sh", **{**ENVIRONMENT, "RESULTS": tmp_path / "rows.csv", variable: value})
+    assert ("no-such-python" if variable == "PYTHON" else "setpriv") in one_line(done)
+    assert not (tmp_path / "rows.csv").exists()
+
+
+def test_help_is_the_comment_at_the_top(command):
+    done = command("benchmark_all.sh", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert all(name in done.stdout for name in ("MODELS", "BATCH_SIZES", "RETRY=failed", "HOSTS", "Exit code"))
+    assert "#" not in done.stdout and "set -u" not in done.stdout
+
+
+@pytest.mark.parametrize("redirected", ["| head -1; exit ${PIPESTATUS[0]}", ">&-"])
+def test_a_sweep_goes_on_where_nobody_reads_it(write_model, tmp_path, redirected):
+    variables = {"MODELS": str(write_model()), "BATCH_SIZES": "1 2", "RESULTS": str(tmp_path / "rows.csv")}
+    line = shlex.join(["bash", str(ROOT / "benchmark_all.sh"), *QUICK])
+    environment = {**os.environ, **ENVIRONMENT, **variables}
+    done = subprocess.run(["bash", "-c", f"{line} {redirected}"], env=environment, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"rror" not in done.stderr, done.stderr
+    assert [row["batch_size"] for row in read_csv(tmp_path / "rows.csv")] == ["1", "2"]
+    assert len(list(tmp_path.glob("*.png"))) == 1

@@ -94,18 +94,18 @@ def check_row(place, row):
     if empty := [name for name in FILLED if not row[name].strip()]:
         raise UserError(f"{place}: {empty[0]} is empty")
     if not re.fullmatch("[1-9][0-9]{0,8}", row["batch_size"]):
-        raise UserError(f"{place}: batch_size is {row['batch_size']!r}, not a whole number of at least 1")
+        raise UserError(f"{place}: batch_size is {row['batch_size']!r:.80}, not a whole number of at least 1")
     if row["status"] not in ("ok", "wrong", "failed"):
-        raise UserError(f"{place}: status is {row['status']!r}, not ok, wrong or failed")
+        raise UserError(f"{place}: status is {row['status']!r:.80}, not ok, wrong or failed")
     for name in TIMES:
         try:
             value = number(row, name)
         except ValueError:
-            raise UserError(f"{place}: {name} is {row[name]!r}, not a number") from None
+            raise UserError(f"{place}: {name} is {row[name]!r:.80}, not a number") from None
         if value is not None and not 0 <= value < 1e12:
-            raise UserError(f"{place}: {name} is {row[name]!r}, which no time can be")
+            raise UserError(f"{place}: {name} is {row[name]!r:.80}, which no time can be")
         if row["status"] == "ok" and name in INFER_TIMES and not value and name != "infer_time_std_ms":
-            raise UserError(f"{place}: {name} is {row[name]!r} in a row that is ok")
+            raise UserError(f"{place}: {name} is {row[name]!r:.80} in a row that is ok")
         if row["status"] == "ok" and name == "infer_time_std_ms" and value is None:
             raise UserError(f"{place}: {name} is empty in a row that is ok")
 
@@ -150,8 +150,8 @@ def compare(rows):
 def drop_superseded(rows):
     """Returns the rows less those that were measured again, every item of the case, with other versions or threads.
 
-    And less those of a case that has the same items and more in another setting: half a sweep says nothing of what wins.
-    What is published on a front page is the newest; the rest stays in the CSV and in the tables of all rows.
+    And less those of a case that has the same items and more in another setting: half a sweep says nothing of what
+    wins. What is published on a front page is the newest; the rest stays in the CSV and in the tables of all rows.
     """
     cases = defaultdict(lambda: defaultdict(list))
     for row in rows:

@@ -39,10 +39,11 @@ def file_names(model_names):
     """Returns a file name for each model name, of which no two are the same."""
     plain = [name.strip("/").replace("/", "_") for name in model_names]
     shared = Counter(plain)
-    return [
-        f"{stem if shared[stem] == 1 and len(stem.encode()) <= LONGEST_STEM else file_stem(name)}_infer_time.png"
-        for name, stem in zip(model_names, plain)
-    ]
+    usable = [
+        shared[stem] == 1 and len(stem.encode()) <= LONGEST_STEM and stem.isprintable() for stem in plain
+    ]  # what is not printable may be a NUL byte, which no path takes
+    stems = [stem if good else file_stem(name) for name, stem, good in zip(model_names, plain, usable)]
+    return [f"{stem}_infer_time.png" for stem in stems]
 
 
 def find_panels(comparisons, model_name):

@@ -51,7 +51,9 @@ def describe_end(rows, elapsed_s, args):
     """
     lines = [describe_comparison(rows)] if sum(row["status"] == "ok" for row in rows) > 1 else []
     lines += describe_verdict(rows, args.expected_calls)
-    lines.append(f"{describe_seconds(rows, elapsed_s)}; rows in {args.results}")
+    unsaved = ", ".join(row["test_item"] for row in rows if "not_saved" in row)
+    where = f"rows in {args.results}" + (f", but for {unsaved}" if unsaved else "")
+    lines.append(f"{describe_seconds(rows, elapsed_s)}; {where}")
     if any(row["status"] == "failed" for row in rows) and not args.verbose:
         lines.append("--verbose shows the whole traceback of what failed")
     return "\n".join(lines)
