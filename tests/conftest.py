@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def write_model(tmp_path):
-    """-> function that writes a model directory with a config.json and returns its path."""
+    """Gives a function that writes a model directory with a config.json and returns its path."""
 
     def write(config=TINY_RESNET, name="model"):
         directory = tmp_path / name
@@ -67,7 +67,7 @@ def write_model(tmp_path):
 
 @pytest.fixture
 def command(tmp_path):
-    """-> function that runs one of the project's scripts as a user does and returns the CompletedProcess."""
+    """Gives a function that runs one of the project's scripts as a user does and returns the CompletedProcess."""
 
     def run(script, *arguments, timeout=300, **variables):
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **{k: str(v) for k, v in variables.items()}}

@@ -45,7 +45,7 @@ def test_all_of_the_key_is_known_before_a_case_runs():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """-> (a function that runs git in a new checkout, its directory, a function that says the version there)."""
+    """Gives (a function that runs git in a new checkout, its directory, a function that says the version there)."""
 
     def git(*arguments):
         subprocess.run(

@@ -131,7 +131,7 @@ def test_a_head_that_is_random_is_the_same_every_time(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """-> a directory with a checkpoint of several files and their index."""
+    """Returns a directory with a checkpoint of several files and their index."""
     config = FAMILIES["Bert"]
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -84,7 +84,7 @@ for arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """-> {(model type, item): row}"""
+    """Returns {(model type, item): row}"""
     directory = tmp_path_factory.mktemp("families")
     commands = []
     for model_type, (fields, options, _) in FAMILIES.items():

@@ -89,7 +89,7 @@ def races():
 
 @pytest.fixture
 def measure_kernel(tvm, monkeypatch):
-    """-> function that measures a Python function as a candidate, faster than the best so far or not."""
+    """Gives a function that measures a Python function as a candidate, faster than the best so far or not."""
     monkeypatch.setattr(tvm.runtime, "load_module", Kernel)
     run_reference.cache_clear()
     yield lambda kernel, best_s=1.0: measure(ARGUMENTS, kernel, right, "cpu", 1e-4, best_s)

@@ -18,7 +18,7 @@ from harness.weights import load_model
 
 @pytest.fixture
 def checkpoint(write_model):
-    """-> (directory with config.json and model.safetensors, its state dict)."""
+    """Gives (directory with config.json and model.safetensors, its state dict)."""
     directory = write_model(name="checkpoint")
     config, _ = find_model(str(directory), "random")
     torch.manual_seed(1234)
@@ -79,7 +79,7 @@ class SmallHub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """-> (repositories to fill, environment variables that make it the hub, with an empty cache)."""
+    """Gives (repositories to fill, environment variables that make it the hub, with an empty cache)."""
     SmallHub.repositories = {}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -187,7 +187,7 @@ TINY_VIT |= {"intermediate_size": 64, "image_size": 32, "patch_size": 8, "archit
 
 @pytest.fixture
 def no_network(tmp_path):
-    """-> (environment variables of a Python without a network, path of what it tried)."""
+    """Gives (environment variables of a Python without a network, path of what it tried)."""
     shadow, log = tmp_path / "shadow", tmp_path / "network.log"
     for file, text in {
         "sitecustomize.py": NO_NETWORK,

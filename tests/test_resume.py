@@ -20,7 +20,7 @@ VARIABLES = {"PYTHON": sys.executable, "RESULTS": "rows.csv"}
 
 @pytest.fixture
 def sweep(command, write_model):
-    """-> function that runs benchmark_all.sh on a small model at batch sizes 1 and 2."""
+    """Gives a function that runs benchmark_all.sh on a small model at batch sizes 1 and 2."""
     model = write_model()
 
     def run(*arguments, **variables):
@@ -85,7 +85,7 @@ def test_two_slots_share_the_cores(sweep, tmp_path):
 
 @pytest.fixture
 def interpreter(tmp_path):
-    """-> a script in python's place that says where benchmark.py would run, and fails at batch size 2."""
+    """Returns a script in python's place that says where benchmark.py would run, and fails at batch size 2."""
     script = tmp_path / "python"
     script.write_text(
         f"""#!/bin/sh
@@ -149,7 +149,7 @@ def test_bad_variables_are_one_line(sweep, tmp_path, variables, says):
 
 
 def descendants(pid):
-    """-> process ids of the tree under `pid`, itself included."""
+    """Returns process ids of the tree under `pid`, itself included."""
     found = [pid]
     for process in found:
         try:

@@ -56,7 +56,7 @@ class Tuned:
         return list((self.directory / "tuning").glob(f"*/*{end}"))
 
     def journal(self):
-        """-> its whole lines; a line that is being written is left out."""
+        """Returns its whole lines; a line that is being written is left out."""
         text = "".join(file.read_text() for file in self.files(".journal"))
         return text[: text.rfind("\n") + 1].splitlines()
 

@@ -27,7 +27,7 @@ CUDA = "cuda:0"
 
 
 def median_ms(run):
-    """-> the median that the benchmark would report for `run`, in milliseconds."""
+    """Returns the median that the benchmark would report for `run`, in milliseconds."""
     iterations = benchmark.choose_iterations(benchmark.warm_up(run, CUDA))
     return np.median(benchmark.time_runs(run, iterations, CUDA)[0])
 
@@ -45,7 +45,7 @@ def build(model, batch_size, item):
 
 
 def time_case(model, batch_size, item, nvbench):
-    """-> one row: what each timer says, in milliseconds."""
+    """Returns one row: what each timer says, in milliseconds."""
     import triton
 
     run = build(model, batch_size, item)
@@ -73,7 +73,7 @@ class CurrentStream:
 
 
 def time_with_nvbench(cases):
-    """-> the rows of `cases`, with NVBench's mean over a batch of runs back to back, without an L2 flush."""
+    """Returns the rows of `cases`, with NVBench's mean over a batch of runs back to back, without an L2 flush."""
     import cuda.bench
 
     rows = []
