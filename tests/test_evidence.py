@@ -99,14 +99,15 @@ from conftest import make_case
 from harness.architectures import builtin_config
 from harness.case import arithmetic
 from harness.weights import load_on_device
-function, import_compiler = benchmark.TEST_ITEMS[sys.argv[1]]
-import_compiler("fp32")
+item = benchmark.TEST_ITEMS[sys.argv[1]]
+item.import_compiler("fp32")
 case = make_case(builtin_config("microsoft/resnet-50"), device="cuda:0")
 with torch.no_grad(), arithmetic("fp32") as dtype:
     model, inputs = load_on_device(case, dtype)
     torch.cuda.synchronize()
     print("loaded", flush=True)
-    function(model, inputs, case)()
+    with benchmark.inference_mode(sys.argv[1]):
+        item.build(model, inputs, case)()
     torch.cuda.synchronize()
     print("done", flush=True)
 """

@@ -34,11 +34,9 @@ def median_ms(run):
 
 def build(model, batch_size, item):
     torch._dynamo.reset()
-    function, import_compiler = benchmark.TEST_ITEMS[item]
-    if import_compiler:
-        import_compiler("fp32")
+    benchmark.import_compiler(item, ["fp32"])
     case = make_case(builtin_config(model), batch_size=batch_size, device=CUDA)
-    run = function(*load_on_device(case, torch.float32), case)
+    run = benchmark.TEST_ITEMS[item].build(*load_on_device(case, torch.float32), case)
     run()
     torch.cuda.synchronize()
     return run
@@ -48,22 +46,17 @@ def time_case(model, batch_size, item, nvbench):
     """Returns one row: what each timer says, in milliseconds."""
     import triton
 
-    run = build(model, batch_size, item)
-    time.sleep(1)  # the clock falls, as it does while a compiler works
-    row = {"model": model, "batch": batch_size, "item": item}
-    row["first 5 runs"] = benchmark.time_runs(run, 5, CUDA)[0].mean()
-    row["ours"] = median_ms(run)
-    row["do_bench"] = triton.testing.do_bench(run, warmup=100, rep=1000, return_mode="median")
-    nvbench(run)
-    row["ours again"] = median_ms(run)
-    host_ms = []  # what the host needs to hand one inference over, with nothing in the queue
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        host_ms.append(1e3 * (time.perf_counter() - start))
-    row["host"] = np.median(host_ms)
-    row["bound by"] = "host" if row["host"] > 0.9 * row["ours"] else "GPU"
+    with benchmark.inference_mode(item):
+        run = build(model, batch_size, item)
+        time.sleep(1)  # the clock falls, as it does while a compiler works
+        row = {"model": model, "batch": batch_size, "item": item}
+        row["first 5 runs"] = benchmark.time_runs(run, 5, CUDA)[0].mean()
+        row["ours"] = median_ms(run)
+        row["do_bench"] = triton.testing.do_bench(run, warmup=100, rep=1000, return_mode="median")
+        nvbench(run)
+        row["ours again"] = median_ms(run)
+        row["host"] = benchmark.time_host(run)
+        row["bound by"] = "host" if row["host"] > 0.9 * row["ours"] else "GPU"
     return row
 
 
