@@ -43,6 +43,14 @@ def test_a_path_without_compilers(command, write_model, tmp_path):
     assert done.returncode == 1 and "apt install g++ python3-dev" in row["error"]
 
 
+def test_tvm_needs_a_compiler_for_its_second_start_alone(command, write_model, tmp_path):
+    arguments = ["--model", write_model(), "--weights", "random", "--test-items", "tvm", "--iterations", 3]
+    done = command("benchmark.py", *arguments, "--results", "rows.csv", PATH=tmp_path)
+    (row,) = read_csv(tmp_path / "rows.csv")
+    assert done.returncode == 0 and row["status"] == "ok" and row["warm_start_time_s"] == ""
+    assert "no second start: a C++ compiler and Python's headers are needed (apt install g++" in done.stdout
+
+
 @pytest.mark.parametrize(
     "message",
     [

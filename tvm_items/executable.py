@@ -67,11 +67,20 @@ def bind_arguments(vm, input_names, inputs, weights):
     return vm["inference"]
 
 
+def export_library(module, path):
+    """Writes what TVM has compiled as a shared library; raises FileNotFoundError where no C++ compiler can link it."""
+    from tvm.support import cc
+
+    if cc.get_cc() is None:  # TVM itself would say that it expected a str
+        raise FileNotFoundError("Failed to find C compiler")
+    module.export_library(path)
+
+
 def save(executable, input_names, weights, directory):
     """Writes a compiled model with its weights into an existing directory, as a deployment would. Needs g++."""
     import tvm
 
-    executable.export_library(str(directory / LIBRARY))
+    export_library(executable, str(directory / LIBRARY))
     on_host = {str(number): weight.copyto(tvm.cpu()) for number, weight in enumerate(weights)}
     tvm.runtime.save_param_dict_to_file(on_host, str(directory / WEIGHTS))
     (directory / INPUT_NAMES).write_text(json.dumps(list(input_names)))

@@ -8,6 +8,7 @@ import typing
 import torch
 
 from harness.errors import one_line
+from tvm_items.executable import export_library
 from tvm_items.spaces import cached_design_spaces
 from tvm_items.target import load_target
 from tvm_items.tasks import default_schedule
@@ -55,7 +56,7 @@ def build(module_json, target_json, candidate, path):
     else:
         scheduled = schedule_candidate(module_json, target_json, *candidate)
     with target, tvm.transform.PassContext(opt_level=3, config=build_options(target)):
-        tvm.build(scheduled, target=target).export_library(path)
+        export_library(tvm.build(scheduled, target=target), path)
     return path
 
 
