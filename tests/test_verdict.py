@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from harness.reports import verdict
+from harness.reports import terminal, verdict
 
 
 def row(item, median, std=0.001, compile_s=None, **fields):
@@ -104,3 +104,9 @@ def test_a_wide_spread_is_no_recommendation():
     disturbed = row("torch_compile", 1.25, compile_s=0.0, warnings="x", infer_time_min_ms=0.9)
     chosen, level = verdict.choose(verdict.contenders([fastest | {"compile_time_s": 1.0}, between, disturbed]))
     assert chosen.item == "torch" and [contender.item for contender in level] == ["torch_compile"]
+
+
+def test_a_ratio_within_its_spread_is_no_number():
+    lines = terminal.describe_comparison([row("tvm", 1.0), row("torch", 1.2, std=1.5), row("torch_compile", 2.0)])
+    assert "  unclear how many times faster than torch: the spread is as large as the ratio" in lines.splitlines()
+    assert "  2.00 ± 0.00 times faster than torch_compile" in lines.splitlines()

@@ -84,7 +84,7 @@ def describe_comparison(rows):
         lines.append(
             f"  {ratio:.2f} ± {spread:.2f} times faster than {row['test_item']}"
             if spread < ratio
-            else f"  faster than {row['test_item']}, by less than the spread"
+            else f"  unclear how many times faster than {row['test_item']}: the spread is as large as the ratio"
         )
     return "\n".join(lines)
 
