@@ -43,7 +43,7 @@ from harness.reference import USUAL_ORIGIN, Reference, References
 from harness.reports.terminal import describe_end, describe_row, describe_title, process_age_s
 from harness.rows import LOCAL, LOCAL_RESULTS, RESULTS, SKIPPED_STATUSES, append_row, check_results_file, find_statuses
 from harness.streams import protect_standard_streams
-from harness.weights import load_on_device
+from harness.weights import inputs_on_device, load_on_device
 from tvm_items import tuning
 from tvm_items.apply import apply_database
 from tvm_items.executable import compile_and_bind, load_saved, passes_after_scheduling
@@ -186,8 +186,8 @@ def tvm_tuned(model, inputs, case):
     return compile_and_bind(module, weights, exported, inputs, target, case, pipeline, build_options(target))
 
 
-def tvm_saved(model, inputs, case):
-    """What save() has kept of one of these in the temporary directory: nothing is compiled, the model is not used."""
+def tvm_saved(inputs, case):
+    """What save() has kept of one of these in the temporary directory, weights and all: nothing is compiled."""
     return load_saved(inputs, case, Path(tempfile.gettempdir()))
 
 
@@ -198,7 +198,7 @@ def import_inductor(precision):
 class TestItem(typing.NamedTuple):
     build: typing.Callable  # the item's function
     import_compiler: typing.Callable | None = None  # of a precision: importing is not compiling, and is not timed
-    load: typing.Callable | None = None  # the same as build, from what the callable's save(directory) has kept
+    load: typing.Callable | None = None  # (inputs, case) -> the same, from what the callable's save() has kept
 
 
 TEST_ITEMS = {
@@ -270,8 +270,9 @@ def run_item(name, case, reference):
         synchronize(case.device)
         with inference_mode(name):
             report("compiling" if compiles else "first run")
-            run, first, first_run_s = compile_and_run(item.build, model, inputs, case)
-            del model  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
+            build = functools.partial(item.build, model, inputs, case)
+            run, first, first_run_s = compile_and_run(build, case.device)
+            del model, build  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
             memory_is_known = reset_peak_memory(case.device)  # what compiling needed is not what running needs
 
             report("timing")
@@ -311,10 +312,13 @@ def start_again(name, case, reference):
     report("starting again")
     item = TEST_ITEMS[name]
     with arithmetic(case.precision) as dtype:
-        model, inputs = load_on_device(case, dtype)
+        if item.load:  # it has weights of its own
+            build = functools.partial(item.load, inputs_on_device(case, dtype), case)
+        else:
+            build = functools.partial(item.build, *load_on_device(case, dtype), case)
         synchronize(case.device)
         with inference_mode(name):
-            _, outputs, seconds = compile_and_run(item.load or item.build, model, inputs, case)
+            _, outputs, seconds = compile_and_run(build, case.device)
     columns = reference.check(PRECISIONS[case.precision].tolerance, outputs)
     if columns["error"]:
         raise RuntimeError(columns["error"])
@@ -335,12 +339,12 @@ def report_errors_as(columns, name):
         columns[name] = one_line(error)
 
 
-def compile_and_run(build, model, inputs, case):
-    """Returns the item's callable, its first outputs as arrays, and the wall seconds until they were finished."""
+def compile_and_run(build, device):
+    """Returns the callable that build() returns, its first outputs as arrays, and the wall seconds that both took."""
     start = time.perf_counter()
-    run = build(model, inputs, case)
+    run = build()
     outputs = run()
-    synchronize(case.device)
+    synchronize(device)
     first_run_s = time.perf_counter() - start  # without copying the outputs to the host
     return run, output_arrays(outputs), first_run_s
 
@@ -463,15 +467,18 @@ def benchmark(args):
     Every row that came to an end is in the CSV, whatever happens after it.
     """
     check_results_file(args.results)
-    models = find_models(args.model, args.weights, args.task)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(unit="item", leave=False, disable=None))
         session = Session(args, bar, stack.enter_context(Launchers(args.verbose)))
         session.import_compilers(args.test_items or DEFAULT_ITEMS["cpu"][:-1])
+        looks_at_device = stack.enter_context(Worker(isolated=True, verbose=args.verbose))
+        looks_at_device.submit(describe_device, args.device, timeout_s=args.timeout)
+        models = find_models(args.model, args.weights, args.task)  # the hub answers meanwhile
         try:
-            device = session.call_isolated("device", describe_device, args.device)
+            device = looks_at_device.wait(session.show("device"))
         except WorkerError as error:
             raise UserError(f"--device {args.device}: {error}") from None
+        looks_at_device.close()
         tuning_dirs = (args.tuning_dir,) if args.tuning_dir else TUNING_DIRS
         cases = make_cases(models, args, device, tuning_dirs, stack)
         case_columns = [{**describe_case(case), "concurrent_cases": args.concurrent_cases, **device} for case in cases]

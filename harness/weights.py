@@ -26,11 +26,16 @@ def load_on_device(case, dtype):
             model = load_model(case)
     except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
         raise UserError(f"{case.model_name} cannot be loaded: {one_line(error)}") from error
-    inputs = make_inputs(case)
+    inputs = inputs_on_device(case, dtype)
+    return model.to(case.device, dtype), inputs
+
+
+def inputs_on_device(case, dtype):
+    """Returns {name: tensor}, the case's inputs, on its device, which becomes PyTorch's current one."""
     if case.device != "cpu":
         torch.cuda.set_device(case.device)
-    model = model.to(case.device, dtype)
-    return model, {
+    inputs = make_inputs(case)
+    return {
         name: tensor.to(case.device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
     }
 
