@@ -19,7 +19,8 @@ class Parts(torch.nn.Module):
     def forward(self, x):
         x = self.norms[1](self.biased(self.norms[0](self.plain(x)).relu()))
         x = self.norms[2](x.relu())
-        return torch.nn.functional.gelu(self.linear(x.permute(0, 2, 3, 1).contiguous())) * 2
+        x = self.linear(x.permute(0, 2, 3, 1).contiguous())
+        return torch.nn.functional.gelu(x * torch.sigmoid(x)) * 2  # reads a view of the product twice
 
 
 @torch.no_grad()
@@ -37,5 +38,51 @@ def test_simplifying_the_graph_changes_no_result():
     torch.testing.assert_close(exported.module()(x=x), expected, rtol=1e-4, atol=1e-5)
     calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert sum("batch_norm" in call for call in calls) == 1
-    product, activation = (next(i for i, c in enumerate(calls) if name in c) for name in ("addmm", "gelu"))
-    assert activation == product + 1
+    product = next(i for i, call in enumerate(calls) if "addmm" in call)
+    assert [call.split(".")[1] for call in calls[product + 1 :]] == ["sigmoid", "mul", "gelu", "mul", "reshape"]
+
+
+class Projections(torch.nn.Module):
+    """Queries, keys and values of the same input, keys without a bias; a product with an activation; another input."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys = torch.nn.Linear(8, 12), torch.nn.Linear(8, 6, bias=False)
+        self.values, self.gate = torch.nn.Linear(8, 6), torch.nn.Linear(8, 5)
+        self.tied = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        parts = [layer(x).view(2, 4, -1, 2).transpose(1, 2) for layer in (self.queries, self.keys, self.values)]
+        rest = self.gate(x).relu(), self.tied(x), self.tied(x.mul(2)), self.keys.weight.sum()
+        return *parts, *rest
+
+
+@torch.no_grad()
+def test_products_of_the_same_input_become_one():
+    torch.manual_seed(0)
+    model, x = Projections().eval(), torch.randn(2, 4, 8)
+    expected = model(x)
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), expected)
+    products = [node for node in exported.graph.nodes if node.target == torch.ops.aten.addmm.default]
+    # Values have joined the queries. The weights of the keys and the tied layer are read twice; a gate has its relu().
+    assert sorted(node.meta["val"].shape[1] for node in products) == [5, 8, 8, 18]
+
+
+@torch.no_grad()
+def test_a_product_without_bias_joins_those_with_one():
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(8, 4), torch.nn.Linear(8, 2)])
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return [layer(x).transpose(0, 1) for layer in layers]
+
+    model, x = Model(), torch.randn(3, 8)
+    model.layers = layers
+    expected = model(x)
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), expected)
+    assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1

@@ -2,6 +2,8 @@
 
 import torch
 
+from tvm_items.constants import fold_batch_norms, is_pointwise, merge_parallel_products, shape
+
 aten = torch.ops.aten
 VIEW, PERMUTE = aten.view.default, aten.permute.default
 MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
@@ -10,98 +12,59 @@ MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 def simplify(exported):
     """Rewrites a decomposed torch.export.ExportedProgram in place; it computes the same as before.
 
-    BatchNorm goes into the weights of the convolution before it, and pointwise operators behind matrix products.
+    BatchNorm goes into the weights of the convolution before it, products of the same input become one, and pointwise
+    operators go behind matrix products.
     """
     graph = exported.graph
     fold_batch_norms(exported)
-    remove_clones(graph)
+    remove_what_does_nothing(graph)
+    square_by_multiplying(graph)
+    split_into_slices(graph)
+    merge_parallel_products(exported)
     move_behind_products(graph)
     merge_views(graph)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
 
 
-# ---- BatchNorm ------------------------------------------------------------------------------------------------------
+# ---- What does nothing, or what is simpler in another form ----------------------------------------------------------
 
 
-def fold_batch_norms(exported):
-    """Folds each BatchNorm into the convolution before it, where that has no other user and shares no weights."""
-    constants = Constants(exported)
-    for norm in exported.graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
-        convolution = norm.args[0]
-        is_plain = convolution.target == aten.convolution.default and not convolution.args[6]  # not a transposed one
-        if is_plain and len(convolution.users) == 1 and constants.are_used_once(constants_to_fold(norm, convolution)):
-            fold_batch_norm(norm, convolution, constants)
+def remove_what_does_nothing(graph):
+    """Removes assertions, aliases, and clones that are not for another order in memory: dropout at inference."""
+    for assertion in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(assertion)
+    for target in (aten.alias.default, aten.clone.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if not node.kwargs:
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
-def constants_to_fold(norm, convolution):
-    """Returns the nodes that folding writes, or drops: weight, gamma, beta and, where there is one, bias."""
-    _, weight, bias, *_ = convolution.args
-    _, gamma, beta, *_ = norm.args
-    return [weight, gamma, beta, *([] if bias is None else [bias])]
+def square_by_multiplying(graph):
+    """Makes a product of a square, as PyTorch's own kernels do; in TVM it is a call of pow()."""
+    for power in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
+        base, exponent = power.args
+        if exponent == 2:
+            power.target, power.args = aten.mul.Tensor, (base, base)
 
 
-def fold_batch_norm(norm, convolution, constants):
-    """Replaces norm(convolution(x)) by a convolution whose weight and bias do the scaling and the shift.
-
-    gamma (w x + b - mean) / sqrt(variance + epsilon) + beta = (s w) x + ((b - mean) s + beta), where
-    s = gamma / sqrt(variance + epsilon).
-    """
-    read = constants.read
-    source, weight, bias, *geometry = convolution.args
-    _, gamma, beta, mean, variance, _, epsilon = norm.args
-    scale = read(gamma) / (read(variance) + epsilon).sqrt()
-    constants.write(beta, ((read(bias) if bias is not None else 0) - read(mean)) * scale + read(beta))
-    constants.write(weight, read(weight) * scale.reshape(-1, *[1] * (weight.meta["val"].ndim - 1)))
-    convolution.args = (source, weight, beta, *geometry)  # beta holds the bias now
-    for output in list(norm.users):  # the other two are for training
-        if output.args[1] == 0:
-            output.replace_all_uses_with(convolution)
-        norm.graph.erase_node(output)
-    norm.graph.erase_node(norm)
-
-
-class Constants:
-    """The parameters and buffers of an ExportedProgram, by the nodes that stand for them in its graph."""
-
-    def __init__(self, exported):
-        signature = exported.graph_signature
-        self.parameters = signature.parameters
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.stores = (exported.state_dict, exported.constants)
-
-    def are_used_once(self, nodes):
-        """Returns whether all of `nodes` are constants, each with one user."""
-        return all(node is not None and node.name in self.names and len(node.users) == 1 for node in nodes)
-
-    def read(self, node):
-        """Returns the constant's value in float64."""
-        return self._store(node)[self.names[node.name]].double()
-
-    def write(self, node, value):
-        """Sets the constant to `value`, rounded to its dtype."""
-        store, name = self._store(node), self.names[node.name]
-        value = value.to(store[name].dtype)
-        store[name] = torch.nn.Parameter(value, requires_grad=False) if name in self.parameters else value
-
-    def _store(self, node):
-        return next(store for store in self.stores if self.names[node.name] in store)
-
-
-# ---- Clones and views -----------------------------------------------------------------------------------------------
-
-
-def remove_clones(graph):
-    """Removes clones that are not for another order in memory: dropout, which does nothing at inference."""
-    for clone in graph.find_nodes(op="call_function", target=aten.clone.default):
-        if not clone.kwargs:
-            clone.replace_all_uses_with(clone.args[0])
-            graph.erase_node(clone)
+def split_into_slices(graph):
+    """Makes slices of what is split: each fuses with what reads it, and a split is a launch that copies."""
+    for split in graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        source, sizes, dim = (*split.args, 0)[:3]
+        for part in list(split.users):
+            start = sum(sizes[: part.args[1]])
+            part.target, part.args = (
+                aten.slice.Tensor,
+                (source, dim % len(shape(source)), start, start + shape(part)[dim]),
+            )
+        graph.erase_node(split)
 
 
 def merge_views(graph):
-    """Makes one of two views in a row, and nothing of one that changes nothing; all become reshapes."""
-    views = graph.find_nodes(op="call_function", target=VIEW)
+    """Makes one of two views in a row, or of one node, and nothing of one that does nothing; all become reshapes."""
+    views, known = graph.find_nodes(op="call_function", target=VIEW), {}
     for node in views:
         source = node.args[0]
         if source in views:
@@ -109,6 +72,10 @@ def merge_views(graph):
             source = source.args[0]
         if shape(source) == shape(node):
             node.replace_all_uses_with(source)
+        else:
+            first = known.setdefault((source, shape(node)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
         node.target = aten.reshape.default  # what it reads may have another order in memory now
 
 
@@ -127,11 +94,23 @@ def move_behind_products(graph):
         if node.op != "call_function":
             continue
         if node.target == VIEW and node.args[0] in behind:
-            behind.add(node)
-        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            behind.update(split_by_users(node))
+        elif is_pointwise(node):
             while move_in_front_of_an_operand(node, behind):
                 behind.add(node)
-                behind.update(user for user in node.users if user.target == VIEW)
+                for view in [user for user in node.users if user.target == VIEW]:
+                    behind.update(split_by_users(view))
+
+
+def split_by_users(view):
+    """Gives each user of a view one of its own, as activations that read it twice need; returns them all."""
+    views = [view]
+    for user in list(view.users)[1:]:
+        with view.graph.inserting_after(view):
+            views.append(view.graph.call_function(view.target, view.args))
+        views[-1].meta["val"] = view.meta["val"]
+        user.replace_input_with(view, views[-1])
+    return views
 
 
 def move_in_front_of_an_operand(node, behind):
@@ -196,7 +175,3 @@ def insert_after(node, target, arguments, value):
         inserted = node.graph.call_function(target, (node, arguments))
     inserted.meta["val"] = value
     return inserted
-
-
-def shape(node):
-    return node.meta["val"].shape

@@ -1,0 +1,153 @@
+"""Rewrites of the exported graph that change its weights: BatchNorm folded, products of the same input made one."""
+
+import torch
+
+aten = torch.ops.aten
+
+# ---- BatchNorm ------------------------------------------------------------------------------------------------------
+
+
+def fold_batch_norms(exported):
+    """Folds each BatchNorm into the convolution before it, where that has no other user and shares no weights."""
+    constants = Constants(exported)
+    for norm in exported.graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
+        convolution = norm.args[0]
+        is_plain = convolution.target == aten.convolution.default and not convolution.args[6]  # not a transposed one
+        if is_plain and len(convolution.users) == 1 and constants.are_used_once(constants_to_fold(norm, convolution)):
+            fold_batch_norm(norm, convolution, constants)
+
+
+def constants_to_fold(norm, convolution):
+    """Returns the nodes that folding writes, or drops: weight, gamma, beta and, where there is one, bias."""
+    _, weight, bias, *_ = convolution.args
+    _, gamma, beta, *_ = norm.args
+    return [weight, gamma, beta, *([] if bias is None else [bias])]
+
+
+def fold_batch_norm(norm, convolution, constants):
+    """Replaces norm(convolution(x)) by a convolution whose weight and bias do the scaling and the shift.
+
+    gamma (w x + b - mean) / sqrt(variance + epsilon) + beta = (s w) x + ((b - mean) s + beta), where
+    s = gamma / sqrt(variance + epsilon).
+    """
+    read = constants.read
+    source, weight, bias, *geometry = convolution.args
+    _, gamma, beta, mean, variance, _, epsilon = norm.args
+    scale = read(gamma) / (read(variance) + epsilon).sqrt()
+    constants.write(beta, ((read(bias) if bias is not None else 0) - read(mean)) * scale + read(beta))
+    constants.write(weight, read(weight) * scale.reshape(-1, *[1] * (weight.meta["val"].ndim - 1)))
+    convolution.args = (source, weight, beta, *geometry)  # beta holds the bias now
+    for output in list(norm.users):  # the other two are for training
+        if output.args[1] == 0:
+            output.replace_all_uses_with(convolution)
+        norm.graph.erase_node(output)
+    norm.graph.erase_node(norm)
+
+
+# ---- Products of the same input -------------------------------------------------------------------------------------
+
+
+def merge_parallel_products(exported):
+    """Makes one product of those that read the same input, as the projections to queries, keys and values do.
+
+    Their weights and biases become one, and each result is a slice of its columns: one launch, which fills more of a
+    GPU than each of them. A product that something pointwise follows stays alone: that fuses with it, and would not
+    with a slice.
+    """
+    constants = Constants(exported)
+    groups = {}
+    for target in (aten.mm.default, aten.addmm.default):
+        for product in exported.graph.find_nodes(op="call_function", target=target):
+            if constants.are_used_once(constants_of_product(product)) and not is_followed_by_pointwise(product):
+                source = input_of_product(product)
+                groups.setdefault((behind_views(source), shape(source), source.meta["val"].dtype), []).append(product)
+    for products in groups.values():
+        if len(products) > 1:
+            merge_products(sorted(products), constants)
+
+
+def input_of_product(product):
+    return product.args[-2]
+
+
+def constants_of_product(product):
+    """Returns the nodes of a Linear layer's weight and, where there is one, bias; [None] for another product."""
+    *bias, _, weight = product.args
+    is_linear = weight.target == aten.permute.default and len(weight.users) == 1 and not product.kwargs
+    return [weight.args[0], *bias] if is_linear else [None]
+
+
+def behind_views(node):
+    while node.target == aten.view.default:
+        node = node.args[0]
+    return node
+
+
+def is_followed_by_pointwise(node):
+    """Returns whether a pointwise operator reads the node, or a view of it."""
+    return any(
+        is_followed_by_pointwise(user) if user.target == aten.view.default else is_pointwise(user)
+        for user in node.users
+    )
+
+
+def is_pointwise(node):
+    """Returns whether each element of the node's value depends on one element of what it reads; casts have no tag."""
+    is_cast = node.target == aten._to_copy.default and node.kwargs.keys() == {"dtype"}
+    return is_cast or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def merge_products(products, constants):
+    """Replaces Linear layers' products of the same input, in the graph's order, by slices of one that comes first."""
+    graph, first = products[0].graph, products[0]
+    weights, biases = zip(*((constants_of_product(product) + [None])[:2] for product in products))
+    widths = [shape(weight)[0] for weight in weights]
+    constants.write(weights[0], torch.cat([constants.read(weight) for weight in weights]))
+    transposed = first.args[-1]
+    transposed.meta["val"] = weights[0].meta["val"].permute(1, 0)
+    if any(biases):
+        bias = next(filter(None, biases))
+        parts = [constants.read(node) if node else torch.zeros(width) for node, width in zip(biases, widths)]
+        constants.write(bias, torch.cat(parts))
+        first.target, first.args = aten.addmm.default, (bias, input_of_product(first), transposed)
+    first.meta["val"] = first.meta["val"].new_empty(shape(first)[0], sum(widths))
+    parts, start = [], 0
+    for width in widths:
+        with graph.inserting_after(first):
+            parts.append(graph.call_function(aten.slice.Tensor, (first, 1, start, start + width)))
+        parts[-1].meta["val"] = first.meta["val"].new_empty(shape(first)[0], width)
+        start += width
+    for product, part in zip(products, parts):
+        product.replace_all_uses_with(part, lambda user: user not in parts)
+
+
+class Constants:
+    """The parameters and buffers of an ExportedProgram, by the nodes that stand for them in its graph."""
+
+    def __init__(self, exported):
+        signature = exported.graph_signature
+        self.parameters = signature.parameters
+        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.stores = (exported.state_dict, exported.constants)
+
+    def are_used_once(self, nodes):
+        """Returns whether all of `nodes` are constants, each with one user."""
+        return all(node is not None and node.name in self.names and len(node.users) == 1 for node in nodes)
+
+    def read(self, node):
+        """Returns the constant's value in float64."""
+        return self._store(node)[self.names[node.name]].double()
+
+    def write(self, node, value):
+        """Sets the constant to `value`, rounded to its dtype; it may have another shape."""
+        store, name = self._store(node), self.names[node.name]
+        value = value.to(store[name].dtype)
+        node.meta["val"] = node.meta["val"].new_empty(value.shape)
+        store[name] = torch.nn.Parameter(value, requires_grad=False) if name in self.parameters else value
+
+    def _store(self, node):
+        return next(store for store in self.stores if self.names[node.name] in store)
+
+
+def shape(node):
+    return node.meta["val"].shape
