@@ -2,6 +2,7 @@
 
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
+from tvm_items.reductions import fuse_around_reductions
 
 
 def tuned_module(exported, target):
@@ -32,6 +33,7 @@ def prepare(module, target):
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
+        fuse_around_reductions(),
         relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune
     ]
     with target, tvm.transform.PassContext(opt_level=3):

@@ -1,0 +1,184 @@
+"""Reductions along rows, as RMSNorm's or LayerNorm's: one task with all that is elementwise before and after them."""
+
+import collections
+import math
+
+
+def fuse_around_reductions():
+    """Returns a pass over Relax modules that joins TIR functions of elementwise operators to the reduction beside them.
+
+    TVM's FuseOps puts nothing in front of a reduction, and nothing behind a normalization, where a mean and a sum of
+    squares stand side by side: an RMSNorm in fp16 is three launches (cast, square and the rest), and a LayerNorm in
+    bf16, which is computed in fp32, is three as well. What others read too stays, and is computed once more here.
+    """
+    import tvm
+    from tvm import relax
+
+    @tvm.transform.module_pass(opt_level=0)
+    def fuse(module, _):
+        builder = relax.BlockBuilder(module)
+        main = module["main"]
+        calls = find_calls(main)
+        joined = {}
+        for var, call in calls.items():
+            if is_row_reduction(module[call.args[0]]):
+                group = find_group(module, main, calls, var)
+                if len(group) > 1:
+                    joined[group[-1]] = call_as_one(builder, group, calls)
+        builder.update_func(module.get_global_var("main"), with_values(main, joined))
+        passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
+        return tvm.transform.Sequential(passes)(builder.get())
+
+    return fuse
+
+
+def bindings_of(function):
+    return [binding for block in function.body.blocks for binding in block.bindings]
+
+
+def find_calls(function):
+    """Returns {variable: call of a TIR function} for a Relax function, in its order."""
+    return {
+        binding.var: binding.value
+        for binding in bindings_of(function)
+        if getattr(getattr(binding.value, "op", None), "name", None) == "relax.call_tir"
+    }
+
+
+def find_group(module, main, calls, reduction):
+    """Returns the variables whose calls are to be one: that of a row reduction and those around it, in their order.
+
+    Before it come elementwise calls, but none that others need too and that reads more than it gives. Behind it come
+    elementwise calls that alone read what is before them.
+    """
+    from tvm import relax
+
+    users = collections.defaultdict(list)
+    for binding in bindings_of(main):
+        for used in relax.analysis.free_vars(binding.value):
+            users[used].append(binding.var)
+
+    def may_join(var, size):
+        return var in calls and size_of(var) == size and is_elementwise(module[calls[var].args[0]])
+
+    def is_cheap(var):
+        return sum(size_of(argument) == size_of(var) for argument in calls[var].args[1]) <= 1
+
+    group, to_visit = {reduction}, [reduction]
+    size = max(size_of(argument) for argument in calls[reduction].args[1])
+    while to_visit:
+        for argument in calls[to_visit.pop()].args[1]:
+            if argument in group or not may_join(argument, size):
+                continue
+            if is_cheap(argument) or group.issuperset(users[argument]):
+                group.add(argument)
+                to_visit.append(argument)
+    last = reduction
+    while len(users[last]) == 1 and may_join(users[last][0], size_of(last)):
+        (last,) = users[last]
+        group.add(last)
+    return [var for var in calls if var in group]
+
+
+def size_of(var):
+    return math.prod(int(extent) for extent in var.ty.shape)
+
+
+def call_as_one(builder, group, calls):
+    """Adds a function of the calls in a group, of which FuseTIR makes one TIR function, and returns a call of it."""
+    from tvm import relax
+
+    outside = dict.fromkeys(argument for var in group for argument in calls[var].args[1] if argument not in group)
+    inside = {argument: relax.Var(f"argument_{i}", argument.ty) for i, argument in enumerate(outside)}
+    name = "fused_" + "_".join(calls[var].args[0].name_hint.removeprefix("fused_") for var in group)
+    with builder.function(name, list(inside.values()), attrs={"Primitive": True}, private=True):
+        with builder.dataflow():
+            for var in group:
+                arguments = [inside[argument] for argument in calls[var].args[1]]
+                call = relax.call_tir(calls[var].args[0], arguments, calls[var].ty_args[0])
+                inside[var] = builder.emit_output(call) if var == group[-1] else builder.emit(call)
+        function = builder.emit_func_output(inside[group[-1]])
+    return relax.Call(function, list(outside))
+
+
+def with_values(function, values):
+    """Returns a Relax function with other values for some of its variables: {variable: expression}."""
+    from tvm import relax
+
+    blocks = [
+        type(block)([relax.VarBinding(bound.var, values.get(bound.var, bound.value)) for bound in block.bindings])
+        for block in function.body.blocks
+    ]
+    body = relax.SeqExpr(blocks, function.body.body)
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
+# ---- What a TIR function does ---------------------------------------------------------------------------------------
+
+
+def blocks_of(function):
+    """Returns the blocks of an unscheduled TIR function; none where it is of another kind."""
+    import tvm
+    from tvm.s_tir import Schedule
+
+    if not isinstance(function, tvm.tirx.PrimFunc) or not function.attrs.get("s_tir"):
+        return []
+    schedule = Schedule(function)
+    return [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
+
+
+def is_row_reduction(function):
+    """Returns whether a TIR function reduces, and only along the last axis of one buffer in each of its blocks."""
+    reductions = [block for block in blocks_of(function) if reduced_axes(block)]
+    return bool(reductions) and all(map(reduces_a_row, reductions))
+
+
+def reduced_axes(block):
+    return [axis.var for axis in block.iter_vars if axis.iter_type == axis.CommReduce]
+
+
+def reduces_a_row(block):
+    """Returns whether a block of a TIR function reads one buffer, with the axis that it reduces as the last index."""
+    written = {region.source for region in block.writes}
+    read = [region for region in block.reads if region.source not in written]
+    axes = reduced_axes(block)
+    if len(read) != 1 or len(axes) != 1:
+        return False
+    *others, last = [index.min for index in read[0].region]
+    return last.same_as(axes[0]) and not any(axes[0].same_as(other) for other in others)
+
+
+def is_elementwise(function):
+    """Returns whether a TIR function is made of blocks whose outputs lie in memory as what they read does.
+
+    What is smaller than an output may be read in any way: it is a scalar, a bias or the like.
+    """
+    blocks = blocks_of(function)
+    return bool(blocks) and all(map(is_elementwise_block, blocks))
+
+
+def is_elementwise_block(block):
+    from tvm.sym import Analyzer
+
+    if reduced_axes(block) or len(block.writes) != 1:
+        return False
+    analyzer = Analyzer()
+    for axis in block.iter_vars:
+        analyzer.bind(axis.var, axis.dom)
+    (written,) = block.writes
+    return all(
+        elements(region) < elements(written) or analyzer.can_prove_equal(offset(region), offset(written))
+        for region in block.reads
+    )
+
+
+def elements(region):
+    return math.prod(int(extent) for extent in region.source.shape)
+
+
+def offset(region):
+    """Returns the place in memory of a region's first element, as an expression."""
+    place = 0
+    for index, extent in zip(region.region, region.source.shape):
+        place = place * extent + index.min
+    return place
