@@ -1,0 +1,177 @@
+"""Runs generated CUDA on the CPU, tensor cores and asynchronous copies included: kernels are checked without a GPU.
+
+TVM generates the CUDA C++ of a scheduled module. Its inline PTX is rewritten as calls of what cuda_emulator.h defines,
+and g++ compiles the rest against NVIDIA's own headers. A kernel of a small shape takes a few seconds.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ptx_to_cpp import translate_assembly
+
+HEADER = Path(__file__).with_suffix(".h")
+GUARD_BYTES = 4096  # of NaN, in front of each argument and behind it
+
+
+def emulate(module, target, arguments, build_options=None, pipeline=None):
+    """Runs a scheduled module's "main" for CUDA on the CPU twice, with asynchronous instructions late and early.
+
+    module: IRModule of one PrimFunc. arguments: CPU tensors in the order of its parameters. They are left as they are;
+    returns their values after each of the two runs, as two lists of tensors. build_options: of TVM's PassContext.
+    pipeline: of tvm.build. Raises RuntimeError for a kernel that hangs, reads shared memory where it must not, or
+    writes out of its arguments.
+    """
+    return run(*generate(module, target, build_options or {}, pipeline), arguments)
+
+
+def run(source, launches, buffers, arguments):
+    """Returns what emulate() does, of CUDA C++: `launches` one after another, with generate()'s `buffers`."""
+    library = compile_source(source, tuple(dict.fromkeys(launch.kernel for launch in launches)))
+    results = []
+    for is_late in (True, False):
+        values = [tensor.clone() for tensor in arguments]
+        memories = [guarded(tensor) for tensor in values] + [np.full(size, 0xFF, np.uint8) for size in buffers]
+        starts = [GUARD_BYTES] * len(values) + [0] * len(buffers)
+        for launch in launches:
+            pointers = [memories[i].ctypes.data + starts[i] if kind == "buffer" else i for kind, i in launch.arguments]
+            message = getattr(library, f"launch_{launch.kernel}")(
+                (ctypes.c_void_p * len(pointers))(*pointers),
+                (ctypes.c_int * 3)(*launch.grid),
+                (ctypes.c_int * 3)(*launch.block),
+                is_late,
+            )
+            if message:
+                raise RuntimeError(f"{launch.kernel}: {message.decode()}")
+        for tensor, memory in zip(values, memories):
+            inside = memory[GUARD_BYTES:-GUARD_BYTES]
+            if not (memory[:GUARD_BYTES] == 0xFF).all() or not (memory[-GUARD_BYTES:] == 0xFF).all():
+                raise RuntimeError("written out of bounds")
+            tensor.copy_(torch.from_numpy(inside).view(tensor.dtype).view(tensor.shape))
+        results.append(values)
+    return results
+
+
+def guarded(tensor):
+    """Returns a copy of a tensor's bytes as a NumPy array, with bytes of NaN around it, aligned as on a device."""
+    values = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    raw = np.full(values.size + 2 * GUARD_BYTES + 512, 0xFF, np.uint8)
+    start = -raw.ctypes.data % 512
+    memory = raw[start : start + values.size + 2 * GUARD_BYTES]
+    memory[GUARD_BYTES:-GUARD_BYTES] = values
+    return memory
+
+
+# ---- What TVM generates ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Launch:
+    """One launch of a kernel by the host's code."""
+
+    kernel: str
+    arguments: list  # ("buffer", number) of an argument of main or, after those, of its own buffers; ("value", int)
+    grid: list
+    block: list
+
+
+def generate(module, target, build_options, pipeline):
+    """Returns (CUDA C++ source, list of Launches, sizes in bytes of the buffers that main allocates)."""
+    import tvm
+
+    @tvm.instrument.pass_instrument
+    class KeepHost:
+        """Keeps the module as it is when the host's code has been separated from the kernels."""
+
+        def run_before_pass(self, module, info):
+            if info.name.endswith("MakePackedAPI"):
+                self.module = module
+
+    kept = KeepHost()
+    with target, tvm.transform.PassContext(opt_level=3, config=build_options, instruments=[kept]):
+        built = tvm.build(module, target=target, **({"pipeline": pipeline} if pipeline else {}))
+    sources = [imported.inspect_source("cuda") for imported in built.imports]
+    launches, buffers = read_host(kept.module["main"])
+    return "\n".join(sources), launches, buffers
+
+
+def read_host(main):
+    """Returns the (Launches, sizes in bytes of main's own buffers) of the host's function."""
+    numbers = {parameter: i for i, parameter in enumerate(main.params)}
+    launches, buffers = [], []
+
+    def visit(statement):
+        kind = type(statement).__name__
+        if kind == "SeqStmt":
+            for child in statement.seq:
+                visit(child)
+        elif kind == "DeclBuffer":
+            numbers[statement.buffer] = numbers[statement.data.args[0]]
+        elif kind == "AllocBuffer":
+            buffer = statement.buffer
+            numbers[buffer] = len(main.params) + len(buffers)
+            elements = int(np.prod([int(size) for size in buffer.shape]))
+            buffers.append(elements * getattr(torch, str(buffer.dtype)).itemsize)
+        elif kind == "Evaluate" and "call_ffi_kernel" in str(getattr(statement.value, "op", "")):
+            launches.append(read_launch(statement.value, numbers))
+        if hasattr(statement, "body"):
+            visit(statement.body)
+
+    visit(main.body)
+    return launches, buffers
+
+
+def read_launch(call, numbers):
+    """Returns the Launch that a host's call of a kernel makes; numbers: of the buffers."""
+    tags = [str(tag) for tag in call.attrs["launch_params"]]
+    name, *operands = call.args
+    operands, sizes = operands[: -len(tags)], dict(zip(tags, map(int, operands[-len(tags) :])))
+    return Launch(
+        kernel=str(getattr(name, "value", name)),
+        arguments=[
+            ("buffer", numbers[operand.args[0]]) if hasattr(operand, "args") else ("value", int(operand))
+            for operand in operands
+        ],
+        grid=[sizes.get(f"blockIdx.{axis}", 1) for axis in "xyz"],
+        block=[sizes.get(f"threadIdx.{axis}", 1) for axis in "xyz"],
+    )
+
+
+# ---- From CUDA C++ to a library for the CPU -------------------------------------------------------------------------
+
+
+@functools.cache
+def compile_source(source, kernels):
+    """Returns the ctypes library of generated CUDA C++, with launch_NAME for each of the kernels."""
+    launchers = "".join(
+        f'extern "C" const char* launch_{name}(void** arguments, const int* grid, const int* block, int late)\n'
+        f"{{ return emulator::launch({name}, arguments, grid, block, late); }}\n"
+        for name in kernels
+    )
+    headers = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n#include <cuda.h>\n"
+    dynamic = r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];"
+    translated = re.sub(dynamic, r"\1* \2 = (\1*)emulator::shared;", source)
+    translated = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", translated)  # the order that g++ wants
+    text = f'{headers}#include "{HEADER}"\n{translate_assembly(translated)}\n{launchers}'
+    directory = Path(tempfile.mkdtemp(prefix="cuda_emulator_"))
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    (directory / f"{name}.cpp").write_text(text)
+    options = ["-O1", "-w", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
+    include = Path(os.environ["CUDA_PATH"]) / "include"  # import_tvm() sets it where CUDA comes from pip alone
+    command = ["g++", *options, f"-I{include}", "-o", directory / f"{name}.so", directory / f"{name}.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ {directory / name}.cpp: {done.stderr[:3000]}")
+    library = ctypes.CDLL(str(directory / f"{name}.so"))
+    for kernel in kernels:
+        getattr(library, f"launch_{kernel}").restype = ctypes.c_char_p
+    return library
