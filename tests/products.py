@@ -1,4 +1,6 @@
-"""A task that tests of design spaces and of the search share."""
+"""Tasks that tests of design spaces, templates and the search share."""
+
+import torch
 
 
 def make_product(rows):
@@ -14,3 +16,66 @@ def make_product(rows):
     scaled = te.compute((rows, 64), lambda i, j: te.exp(biased[i, j] * -0.01), name="scaled")
     output = te.compute((rows, 64), lambda i, j: biased[i, j] * scaled[i, j], name="output")
     return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
+
+
+def make_batched_product(shape, dtype, transposed=False, epilogue=True):
+    """Returns (TIR module, its arguments as tensors, expected output) of a batched matrix product, summed in fp32.
+
+    shape: (batch, rows, columns, terms). transposed: whether the right operand is given as (batch, columns, terms).
+    epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual.
+    """
+    import tvm
+    from tvm import te, topi
+
+    batch, rows, columns, terms = shape
+    x = te.placeholder((batch, rows, terms), dtype, "x")
+    w = te.placeholder((batch, columns, terms) if transposed else (batch, terms, columns), dtype, "w")
+    bias, scale = (te.placeholder((columns,), dtype, name) for name in ("bias", "scale"))
+    residual = te.placeholder((batch, rows, columns), dtype, "residual")
+    output = topi.cast(topi.nn.batch_matmul(x, w, out_dtype="float32", transpose_b=transposed), dtype)
+    inputs = [x, w]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias, scale, residual)]
+    tensors[1] /= terms**0.5
+    left, right = (tensor.float() for tensor in tensors[:2])
+    expected = (left @ (right.mT if transposed else right)).to(tensors[0].dtype)
+    if epilogue:
+        biased = topi.add(output, bias)
+        output = topi.add(topi.multiply(topi.multiply(biased, topi.sigmoid(biased)), scale), residual)
+        inputs += [bias, scale, residual]
+        biased = expected + tensors[2]
+        expected = biased * torch.sigmoid(biased) * tensors[3] + tensors[4]
+    else:
+        tensors = tensors[:2]
+    module = tvm.IRModule({"main": te.create_prim_func([*inputs, output]).with_attr("global_symbol", "main")})
+    return module, [*tensors, torch.full_like(expected, torch.nan)], expected
+
+
+def make_convolution(shape, dtype, stride, padding, dilation):
+    """Returns what make_batched_product() does, of a convolution with a bias and ReLU, channels last.
+
+    shape: (batch, size, input channels, output channels, window).
+    """
+    import tvm
+    from tvm import te, topi
+
+    batch, size, channels, features, window = shape
+    x = te.placeholder((batch, size, size + 1, channels), dtype, "x")
+    w = te.placeholder((window, window, channels, features), dtype, "w")
+    bias = te.placeholder((1, 1, 1, features), dtype, "bias")
+    sums = topi.nn.conv2d_nhwc(x, w, stride, padding, dilation, out_dtype="float32")
+    output = topi.nn.relu(topi.add(topi.cast(sums, dtype), bias))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias)]
+    tensors[1] /= (channels * window * window) ** 0.5
+    images, filters = tensors[0].float().permute(0, 3, 1, 2), tensors[1].float().permute(3, 2, 0, 1)
+    sums = torch.nn.functional.conv2d(images, filters, None, stride, padding, dilation)
+    expected = torch.relu(sums.permute(0, 2, 3, 1).to(tensors[0].dtype) + tensors[2]).contiguous()
+    module = tvm.IRModule({"main": te.create_prim_func([x, w, bias, output]).with_attr("global_symbol", "main")})
+    return module, [*tensors, torch.full_like(expected, torch.nan)], expected
+
+
+def random_tensor(generator, placeholder):
+    """Returns standard normal noise with the shape and dtype of a TE placeholder."""
+    shape = [int(size) for size in placeholder.shape]
+    return torch.randn(shape, generator=generator).to(getattr(torch, str(placeholder.dtype)))

@@ -6,6 +6,20 @@ import os
 # Of a CUDA block (CUDA C++ Programming Guide, compute capabilities).
 WARP_THREADS, MAX_BLOCK_THREADS, MAX_BLOCK_SHARED_BYTES = 32, 1024, 48 * 1024
 
+# Of dynamic shared memory a block may have more than that by compute capability, where it asks for it (same guide,
+# "maximum amount of shared memory per thread block").
+MAX_SHARED_KIB = {"80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227, "103": 227, "120": 99, "121": 99}
+
+
+def max_shared_bytes(target):
+    """Returns the bytes of dynamic shared memory that a block of threads may have on a CUDA tvm.target.Target."""
+    return MAX_SHARED_KIB.get(compute_capability(target), 48) * 1024
+
+
+def compute_capability(target):
+    """Returns the compute capability of a CUDA tvm.target.Target, such as "90"."""
+    return str(target.attrs["arch"]).removeprefix("sm_").rstrip("af")
+
 
 def find_target(device):
     """Returns TVM's target for "cpu" or "cuda:N", as JSON, with what MetaSchedule's rules ask for.

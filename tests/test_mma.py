@@ -1,0 +1,104 @@
+"""The template of mma.sync: its kernels, run on the CPU, are right for odd shapes, layouts and epilogues."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import H200
+from cuda_emulator import emulate
+from products import make_batched_product, make_convolution
+from tvm_items.kernels import compile_candidate
+from tvm_items.mma import PARAMETERS, Config
+from tvm_items.templates import find_templates
+
+
+def decide(**options):
+    """Returns the decisions for these options; the others are those of a small tile."""
+    chosen = {
+        "rows": 64,
+        "columns": 32,
+        "chunks": 4,
+        "warps_along_rows": 2,
+        "warps_along_columns": 1,
+        "stages": 3,
+        "group": 4,
+        "parts": 1,
+        "staged": False,
+        **options,
+    }
+    return [values.index(chosen[name]) for name, values in zip(Config.__dataclass_fields__, PARAMETERS, strict=True)]
+
+
+def check(tvm, task, **options):
+    """Asserts that the kernel of these options gives what is expected, with asynchronous copies late and early."""
+    module, arguments, expected = task
+    target = tvm.target.Target(json.loads(H200))
+    (template, *_) = find_templates(module, target)
+    realized = template.realize(decide(**options))
+    tolerance = 1e-3 if expected.dtype == torch.float16 else 8e-3
+    for values in emulate(realized, target, arguments, {"tirx.disable_assert": True}, "tirx"):
+        error = (values[-1].float() - expected.float()).norm() / expected.float().norm()
+        assert error < tolerance and all(map(torch.equal, values[:-1], arguments[:-1]))
+    return realized
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, transposed, epilogue, options",
+    [
+        # Neither rows, columns nor terms are multiples of a tile; batch 1 stands in front as in a Linear layer.
+        ((1, 70, 40, 104), "float16", False, True, {}),
+        ((1, 70, 40, 104), "bfloat16", True, True, {"stages": 2, "chunks": 8}),
+        # Columns that 8 does not divide, through shared memory; several products.
+        ((3, 37, 36, 64), "float16", False, True, {"rows": 32, "warps_along_rows": 1, "staged": True}),
+        # Terms that 2 does not divide cannot be copied asynchronously, nor columns be stored as pairs.
+        ((2, 37, 33, 37), "float16", True, False, {"rows": 16, "warps_along_rows": 1, "columns": 32}),
+        # Sums in three parts of a different number of steps.
+        ((1, 70, 72, 264), "bfloat16", False, True, {"parts": 3, "columns": 64, "warps_along_columns": 2}),
+    ],
+)
+def test_products(tvm, shape, dtype, transposed, epilogue, options):
+    check(tvm, make_batched_product(shape, dtype, transposed, epilogue), **options)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, geometry, options",
+    [
+        ((2, 9, 16, 40, 3), "float16", (2, 1, 1), {}),
+        ((1, 11, 8, 32, 3), "bfloat16", (1, 2, 2), {"staged": True, "stages": 4}),
+        ((1, 14, 3, 24, 4), "float16", (4, 0, 1), {"rows": 16, "warps_along_rows": 1}),  # three channels: one by one
+        ((2, 6, 40, 32, 1), "float16", (2, 0, 1), {"rows": 32, "chunks": 8, "stages": 2}),
+    ],
+)
+def test_convolutions(tvm, shape, dtype, geometry, options):
+    check(tvm, make_convolution(shape, dtype, *geometry), **options)
+
+
+def test_what_fits_and_what_does_not(tvm):
+    target = tvm.target.Target(json.loads(H200))
+    (template, *_) = find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], target)
+    big = {"rows": 128, "columns": 256, "chunks": 8, "warps_along_rows": 2, "warps_along_columns": 4}
+    assert template.choices == [len(options) for options in PARAMETERS]
+    assert template.fits(decide(**big, stages=4))
+    for wrong in ({"stages": 5}, {"parts": 16}, {"warps_along_columns": 1, "stages": 2}):  # memory, steps, registers
+        decisions = decide(**(big | wrong))
+        assert not template.fits(decisions)
+        with pytest.raises(ValueError):
+            template.realize(decisions)
+    small = tvm.target.Target(json.loads(H200) | {"arch": "sm_86"})
+    (template, *_) = find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], small)
+    assert not template.fits(decide(**big, stages=4)) and template.fits(decide(**big, stages=2))
+    old = tvm.target.Target(json.loads(H200) | {"arch": "sm_75"})
+    assert find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], old) == []
+    assert find_templates(make_batched_product((1, 3152, 3072, 768), "float32")[0], target) == []  # IEEE
+
+
+def test_kernels_compile_for_hopper(tvm):
+    target = tvm.target.Target(json.loads(H200))
+    (template, *_) = find_templates(make_batched_product((1, 3152, 3072, 768), "bfloat16")[0], target)
+    big = {"rows": 128, "columns": 128, "chunks": 8, "warps_along_rows": 2, "warps_along_columns": 2}
+    for options in ({"staged": True}, {"parts": 2}):
+        realized = template.realize(decide(**big, **options))
+        with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
+            source = tvm.build(realized, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
+            assert bytes(compile_candidate(source)).startswith(b"\x7fELF")

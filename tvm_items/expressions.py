@@ -1,0 +1,130 @@
+"""TIR expressions, rewritten for a kernel: other variables and buffers, and indices in 32 bits."""
+
+
+def rewrite(expression, replace):
+    """Returns a TIR expression with its parts replaced, and 64-bit integer constants as 32-bit ones.
+
+    replace: a function of a part that returns what is put in its place, or None to look into it.
+    """
+    from tvm import ir, tirx
+
+    replaced = replace(expression)
+    if replaced is not None:
+        return replaced
+    if isinstance(expression, tirx.IntImm):
+        return tirx.const(int(expression.value), "int32") if dtype_of(expression) == "int64" else expression
+    if isinstance(expression, tirx.Cast):
+        return rewrite(expression.value, replace).astype(dtype_of(expression))
+    if hasattr(expression, "a") and hasattr(expression, "b"):
+        return type(expression)(*of_one_dtype(rewrite(expression.a, replace), rewrite(expression.b, replace)))
+    if isinstance(expression, tirx.Not):
+        return tirx.Not(rewrite(expression.a, replace))
+    if isinstance(expression, tirx.Select):
+        values = of_one_dtype(*(rewrite(v, replace) for v in (expression.true_value, expression.false_value)))
+        return tirx.Select(rewrite(expression.condition, replace), *values)
+    if is_load(expression):
+        return expression.source[tuple(rewrite(index, replace) for index in expression.indices)]
+    if isinstance(expression, ir.Call):
+        arguments = [rewrite(argument, replace) for argument in expression.args]
+        return ir.Call(expression.op, arguments, attrs=expression.attrs, ret_ty=expression.ty)
+    return expression
+
+
+def of_one_dtype(a, b):
+    """Returns two expressions, cast to 64-bit integers where only one of them is of 32 bits."""
+    if dtype_of(a) != dtype_of(b):
+        return a.astype("int64"), b.astype("int64")
+    return a, b
+
+
+def substitute(expression, values):
+    """Returns a TIR expression with variables replaced: values is {variable: 32-bit expression}."""
+    return rewrite(expression, lambda part: find(part, values))
+
+
+def find(variable, values):
+    """Returns the value of a variable in {variable: value}, None where it has none."""
+    return next((value for key, value in values.items() if key.same_as(variable)), None)
+
+
+def loads_of(expression):
+    """Returns the loads from buffers in a TIR expression, each once, the inner ones of an index left out."""
+    from tvm_ffi import structural_equal
+
+    loads = []
+
+    def collect(part):
+        if not is_load(part):
+            return None
+        if not any(structural_equal(part, load) for load in loads):
+            loads.append(part)
+        return part
+
+    rewrite(expression, collect)
+    return loads
+
+
+def uses(expression, variable):
+    """Returns whether a TIR expression depends on a variable."""
+    found = []
+    rewrite(expression, lambda part: found.append(part) if variable.same_as(part) else None)
+    return bool(found)
+
+
+def is_load(expression):
+    return type(expression).__name__ == "TensorLoad"
+
+
+def dtype_of(expression):
+    return str(expression.ty.dtype)
+
+
+def unflatten(index, extents):
+    """Returns the indices of dimensions of these extents (ints) for an index of all of them as one, as expressions."""
+    indices = []
+    for extent in reversed(extents):
+        is_outermost = all(outer == 1 for outer in extents[: len(extents) - 1 - len(indices)])
+        if extent == 1:
+            indices.append(zero())
+        elif is_outermost:
+            indices.append(index)
+            index = zero()
+        else:
+            indices.append(index % extent)
+            index = index // extent
+    return indices[::-1]
+
+
+def zero():
+    from tvm import tirx
+
+    return tirx.const(0, "int32")
+
+
+def flat_offset(indices, shape):
+    """Returns the offset of an element in a row-major buffer, as an expression."""
+    offset = indices[0]
+    for index, size in zip(indices[1:], shape[1:]):
+        offset = offset * int(size) + index
+    return offset
+
+
+def contiguous_run(indices, shape, variable, extent, condition=None, limit=8):
+    """Returns how many elements, a power of two up to `limit`, can be accessed as one along a variable.
+
+    They lie behind one another, the first at a multiple of their number, for every multiple of it that the variable
+    takes, and all of them meet the condition or none. 1 where that is not known. extent: of the variable.
+    """
+    from tvm.sym import Analyzer, detect_linear_equation
+
+    if variable is None or (condition is not None and uses(condition, variable)):
+        return 1
+    offset = flat_offset(indices, shape)
+    parts = detect_linear_equation(offset, [variable])
+    if len(parts) != 2 or not hasattr(parts[0], "value") or int(parts[0].value) != 1:
+        return 1
+    rest = Analyzer().modular_set(parts[1])
+    run = limit
+    while extent % run or rest.coeff % run or rest.base % run:
+        run //= 2
+    return run

@@ -1,0 +1,444 @@
+"""A template for products on tensor cores by mma.sync, which every NVIDIA GPU since compute capability 8.0 has.
+
+A block of threads computes a tile of the output. It copies tiles of both operands into shared memory, several steps
+ahead of the one that it computes; a warp loads fragments of them by ldmatrix, one ahead of those that it multiplies.
+The structure is that of CUTLASS's multistage kernels (https://github.com/NVIDIA/cutlass, mma_multistage.h).
+"""
+
+import dataclasses
+
+from tvm_items.epilogue import output_vector, store_outputs
+from tvm_items.expressions import zero
+from tvm_items.product_task import ProductTask
+from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.tiles import Tile, copy_tile
+
+MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
+MIN_STEPS_OF_A_PART = 2  # of a sum that is split
+STAGING_PAD = 8  # elements behind each row of sums in shared memory, against bank conflicts
+REDUCTION_THREADS = 128
+
+# The options of each parameter.
+ROWS, COLUMNS = (16, 32, 64, 128, 256), (32, 64, 128, 256)  # of a block's tile
+CHUNKS = (4, 8)  # a step's terms, in chunks of 16 bytes
+WARPS_ALONG_ROWS, WARPS_ALONG_COLUMNS = (1, 2, 4), (1, 2, 4)
+STAGES = (2, 3, 4, 5, 6)
+GROUPS = (1, 4, 8, 16)  # rows of tiles that are computed side by side, so that their operands are found in the L2 cache
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of each sum
+STAGED = (False, True)  # whether sums go through shared memory, so that a thread writes more of them as one
+PARAMETERS = (ROWS, COLUMNS, CHUNKS, WARPS_ALONG_ROWS, WARPS_ALONG_COLUMNS, STAGES, GROUPS, PARTS, STAGED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One choice of all parameters."""
+
+    rows: int
+    columns: int
+    chunks: int
+    warps_along_rows: int
+    warps_along_columns: int
+    stages: int
+    group: int
+    parts: int
+    staged: bool
+
+    @property
+    def threads(self):
+        return WARP_THREADS * self.warps_along_rows * self.warps_along_columns
+
+    @property
+    def warp_rows(self):
+        return self.rows // self.warps_along_rows
+
+    @property
+    def warp_columns(self):
+        return self.columns // self.warps_along_columns
+
+
+@dataclasses.dataclass
+class MmaTemplate:
+    """The kernels of a task that differ in their parameters."""
+
+    task: ProductTask
+    max_shared_bytes: int  # of a block
+
+    @property
+    def choices(self):
+        """The number of options of each parameter."""
+        return [len(options) for options in PARAMETERS]
+
+    def config(self, decisions):
+        """Returns the Config of decisions, which are indices of options."""
+        return Config(*(options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)))
+
+    def fits(self, decisions):
+        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
+        config = self.config(decisions)
+        if config.warp_rows % 16 or config.warp_columns % 16:
+            return False
+        if config.warp_rows * config.warp_columns // WARP_THREADS > MAX_SUMS_OF_A_THREAD:
+            return False
+        if is_oversized(config.rows, self.task.rows.extent, ROWS):
+            return False
+        if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
+            return False
+        steps = self.steps(config)
+        if config.parts > 1 and (config.staged or steps // config.parts < MIN_STEPS_OF_A_PART):
+            return False
+        if config.stages > max(2, steps // config.parts + 1):
+            return False
+        return config.threads <= MAX_BLOCK_THREADS and self.shared_bytes(config) <= self.max_shared_bytes
+
+    def tiles(self, config):
+        """Returns the Tiles of both operands."""
+        element_bytes = 4 if self.task.dtype == "float32" else 2
+        terms = config.chunks * 16 // element_bytes
+        return (
+            Tile(self.task.left, self.task.dtype, config.rows, terms),
+            Tile(self.task.right, self.task.dtype, config.columns, terms),
+        )
+
+    def steps(self, config):
+        """Returns the number of steps in which a block would go through all terms."""
+        return -(-self.task.terms.extent // self.tiles(config)[0].terms)
+
+    def shared_bytes(self, config):
+        """Returns the bytes of shared memory that a block needs."""
+        staged = config.rows * (config.columns + STAGING_PAD) * 4 if config.staged else 0
+        return max(staged, config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config)))
+
+    def realize(self, decisions):
+        """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
+        if not self.fits(decisions):
+            raise ValueError("these decisions do not fit the device or the task")
+        return make_module(self, self.config(decisions))
+
+
+def is_oversized(tile, extent, options):
+    """Returns whether a smaller tile of the options would hold the extent as well."""
+    return any(extent <= option < tile for option in options)
+
+
+def make_module(template, config):
+    """Returns an IRModule whose "main" launches the kernel of a Config and, where sums are split, their addition."""
+    import tvm
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.tirx.script.builder import ir as build
+
+    task = template.task
+    with IRBuilder() as builder, build.prim_func():
+        build.func_name("main")
+        build.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": "main"})
+        buffers = {}
+        for number, parameter in enumerate(task.parameters):
+            shape = [int(size) for size in parameter.shape]
+            buffers[parameter] = build.arg(f"argument{number}", build.buffer(shape, str(parameter.dtype)))
+        partial = None
+        outputs = task.batch.extent * task.rows.extent * task.columns.extent
+        if config.parts > 1:
+            partial = build.alloc_buffer((config.parts * outputs,), "float32", scope="global")
+        Kernel(template, config, buffers, partial).emit()
+        if config.parts > 1:
+            emit_reduction(task, config.parts, buffers, partial)
+    return tvm.IRModule({"main": builder.get()})
+
+
+class Kernel:
+    """The kernel of one Config, while it is emitted."""
+
+    def __init__(self, template, config, buffers, partial):
+        """buffers: {parameter: buffer}. partial: a buffer for parts of sums, (part, batch, row, column), or None."""
+        self.task, self.config, self.buffers, self.partial = template.task, config, buffers, partial
+        self.left, self.right = template.tiles(config)
+        self.steps = template.steps(config)
+        self.shared_elements = template.shared_bytes(config) // self.left.element_bytes
+        self.row_tiles = -(-self.task.rows.extent // config.rows)
+        self.column_tiles = -(-self.task.columns.extent // config.columns)
+        self.row_blocks, self.column_blocks = config.warp_rows // 16, config.warp_columns // 8  # of an instruction
+        # An instruction takes two chunks of terms; ldmatrix cannot transpose elements of 32 bits.
+        self.instructions = config.chunks // 2
+        self.is_tf32 = self.task.dtype == "float32"
+
+    def emit(self):
+        """Emits the launch."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        config, task = self.config, self.task
+        with (
+            build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
+            build.launch_thread("blockIdx.y", task.batch.extent) as batch,
+            build.launch_thread("blockIdx.z", config.parts) as part,
+            build.launch_thread("threadIdx.x", config.threads) as thread,
+        ):
+            self.batch, self.part, self.thread = batch, part, thread
+            row_tile, column_tile = self.locate(tile_number)
+            self.first_row = build.Bind(row_tile * config.rows)
+            self.first_column = build.Bind(column_tile * config.columns)
+            self.lane, warp = build.Bind(thread % WARP_THREADS), build.Bind(thread // WARP_THREADS)
+            self.warp_row = build.Bind(warp % config.warps_along_rows * config.warp_rows)
+            self.warp_column = build.Bind(warp // config.warps_along_rows * config.warp_columns)
+            per_part = -(-self.steps // config.parts)
+            self.first_step = part * per_part
+            left_over = self.steps - per_part * (config.parts - 1)
+            count = per_part if left_over == per_part else tirx.Select(part < config.parts - 1, per_part, left_over)
+            self.shared = build.alloc_buffer((self.shared_elements,), task.dtype, scope="shared.dyn", align=1024)
+            self.sums = build.alloc_buffer((self.row_blocks * self.column_blocks * 4,), "float32", scope="local")
+            # Two of each, one of which is multiplied while the other is loaded.
+            self.left_fragments = build.alloc_buffer((2 * self.row_blocks * 4,), "uint32", scope="local")
+            self.right_fragments = build.alloc_buffer((2 * self.column_blocks * 2,), "uint32", scope="local")
+            with build.unroll(self.row_blocks * self.column_blocks * 4) as i:
+                build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
+            self.emit_steps(count)
+            if self.partial is not None:
+                self.store_parts()
+            elif config.staged:
+                self.store_through_shared_memory()
+            else:
+                self.store_from_registers()
+
+    def locate(self, tile_number):
+        """Returns (row of tiles, column of tiles) of a block: down the rows of a group, then to the next column."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        group = min(self.config.group, self.row_tiles)
+        first = build.Bind(tile_number // (group * self.column_tiles) * group)
+        within = build.Bind(tile_number % (group * self.column_tiles))
+        rows = group if self.row_tiles % group == 0 else build.Bind(tirx.Min(self.row_tiles - first, group))
+        return first + within % rows, within // rows
+
+    def emit_steps(self, count):
+        """Emits the loop over steps; count: how many, an int or an expression."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        stages, ahead = self.config.stages, self.config.stages - 1
+        for step in range(ahead):
+            self.copy_if(step < count, zero() + step, step)
+        build.evaluate(T.ptx["cp.async.wait_group"](stages - 2))
+        build.evaluate(T.cuda.cta_sync())
+        self.load_fragments(0, 0, 0)
+        with build.serial(count) as step:
+            for i in range(self.instructions):
+                is_last = i == self.instructions - 1
+                if is_last:  # of what comes next the fragments are loaded now
+                    build.evaluate(T.ptx["cp.async.wait_group"](stages - 2))
+                    build.evaluate(T.cuda.cta_sync())
+                self.load_fragments((step + is_last) % stages, (i + 1) % self.instructions, (i + 1) % 2)
+                if i == 0:
+                    self.copy_if(step + ahead < count, step + ahead, (step + ahead) % stages)
+                self.multiply(i % 2)
+
+    def copy_if(self, condition, step, stage):
+        """Emits the copies of a step's tiles into a stage as one group, an empty one unless the condition is met."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        def copy():
+            start = stage * (self.left.elements + self.right.elements)
+            term = (self.first_step + step) * self.left.terms
+            common = (self.thread, self.config.threads, self.batch)
+            copy_tile(self.left, self.buffers, self.shared, start, *common, self.first_row, term)
+            copy_tile(
+                self.right, self.buffers, self.shared, start + self.left.elements, *common, self.first_column, term
+            )
+
+        if condition is True:
+            copy()
+        elif condition is not False:
+            with build.If(condition), build.Then():
+                copy()
+        build.evaluate(T.ptx["cp.async.commit_group"]())
+
+    def load_fragments(self, stage, instruction, half):
+        """Emits the loads of a warp's fragments for one of a stage's instructions into one half of the registers."""
+        from tvm.tirx.script.builder import ir as build
+
+        start = stage * (self.left.elements + self.right.elements)
+        with build.unroll(self.row_blocks) as i:
+            registers = [(half * self.row_blocks + i) * 4 + r for r in range(4)]
+            # Registers 1 and 3 are of the next 8 rows, 2 and 3 of the next chunk.
+            self.load_matrices(
+                self.left, start, self.warp_row + i * 16, instruction * 2, self.left_fragments, registers, (1, 2)
+            )
+        with build.unroll(self.column_blocks // 2) as j:
+            registers = [half * self.column_blocks * 2 + j * 4 + r for r in range(4)]
+            # Registers 1 and 3 are of the next chunk, 2 and 3 of the next 8 columns.
+            self.load_matrices(
+                self.right,
+                start + self.left.elements,
+                self.warp_column + j * 16,
+                instruction * 2,
+                self.right_fragments,
+                registers,
+                (2, 1),
+            )
+
+    def load_matrices(self, tile, start, output, chunk, fragments, registers, strides):
+        """Emits the load of four matrices of 8 outputs by one chunk of terms, one in each register.
+
+        start: of the tile in shared memory. output, chunk: where the first one begins. strides: in the number of the
+        register, of a step by 8 outputs and of a step by one chunk.
+        """
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        output_stride, chunk_stride = strides
+        if self.is_tf32 and not tile.operand.along_terms:
+            for number, register in enumerate(registers):
+                term = (chunk + number // chunk_stride % 2) * tile.chunk + self.lane % 4
+                column = output + number // output_stride % 2 * 8 + self.lane // 4
+                place = tile.place(term, column // tile.chunk) + column % tile.chunk
+                build.buffer_store(fragments, T.reinterpret("uint32", self.shared[start + place]), [register])
+        else:
+            matrix = self.lane // 8  # whose row this thread names
+            next_outputs, next_chunk = matrix // output_stride % 2, matrix // chunk_stride % 2
+            if tile.operand.along_terms:
+                line, along, kind = output + next_outputs * 8 + self.lane % 8, chunk + next_chunk, ""
+            else:
+                line = (chunk + next_chunk) * tile.chunk + self.lane % 8
+                along, kind = output // tile.chunk + next_outputs, ".trans"
+            load = T.ptx[f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"]
+            address = T.address_of(self.shared[start + tile.place(line, along)])
+            build.evaluate(load(*(fragments[register] for register in registers), address))
+        if self.is_tf32:
+            for register in registers:
+                value = T.reinterpret("float32", fragments[register])
+                build.evaluate(T.ptx["cvt.rna.tf32.f32"](fragments[register], value))
+
+    def multiply(self, half):
+        """Emits a warp's multiplications of one half of the fragments."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}[self.task.dtype]
+        instruction = T.ptx[f"mma.sync.aligned.m16n8k{8 if self.is_tf32 else 16}.row.col.f32.{dtype}.{dtype}.f32"]
+        with build.unroll(self.row_blocks) as i, build.unroll(self.column_blocks) as j:
+            sums = [self.sums[(i * self.column_blocks + j) * 4 + r] for r in range(4)]
+            left = [self.left_fragments[(half * self.row_blocks + i) * 4 + r] for r in range(4)]
+            right = [self.right_fragments[(half * self.column_blocks + j) * 2 + r] for r in range(2)]
+            build.evaluate(instruction(*sums, *left, *right, *sums))
+
+    # ---- What becomes of the sums
+
+    def emit_pairs(self, emit):
+        """Emits what emit(row, column, sums) does for each pair of a thread's sums, side by side in the block's tile."""
+        from tvm.tirx.script.builder import ir as build
+
+        with build.unroll(self.row_blocks) as i, build.unroll(2) as h, build.unroll(self.column_blocks) as j:
+            row = self.warp_row + i * 16 + h * 8 + self.lane // 4
+            column = self.warp_column + j * 8 + self.lane % 4 * 2
+            first = (i * self.column_blocks + j) * 4 + h * 2
+            emit(row, column, [self.sums[first + e] for e in range(2)])
+
+    def emit_inside(self, row, column, emit):
+        """Emits what emit() does where a row and a column are inside the output."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        conditions = []
+        if self.task.rows.extent % self.config.rows:
+            conditions.append(row < self.task.rows.extent)
+        if self.task.columns.extent % self.config.columns:
+            conditions.append(column < self.task.columns.extent)
+        if conditions:
+            with build.If(tirx.And(*conditions) if len(conditions) == 2 else conditions[0]), build.Then():
+                emit()
+        else:
+            emit()
+
+    def emit_outputs(self, width, row, column, sums, store):
+        """Emits store(row, column, sums) for vectors of `width` of the sums, where they are inside the output.
+
+        row, column: in the block's tile.
+        """
+        for e in range(0, len(sums), width):
+            place = self.first_row + row, self.first_column + column + e
+            self.emit_inside(*place, lambda place=place, e=e: store(*place, sums[e : e + width]))
+
+    def store_from_registers(self):
+        """Emits the epilogue of each pair of sums that a thread has."""
+        width = min(2, output_vector(self.task))
+
+        def store(row, column, sums):
+            store_outputs(self.task, self.buffers, self.batch, row, column, sums)
+
+        self.emit_pairs(lambda *pair: self.emit_outputs(width, *pair, store))
+
+    def store_parts(self):
+        """Emits the writing of all sums as parts, for emit_reduction()."""
+        from tvm.tirx.script.builder import ir as build
+
+        task = self.task
+
+        def store(row, column, sums):
+            place = (
+                (self.part * task.batch.extent + self.batch) * task.rows.extent + row
+            ) * task.columns.extent + column
+            for e, value in enumerate(sums):
+                build.buffer_store(self.partial, value, [place + e])
+
+        self.emit_pairs(lambda *pair: self.emit_outputs(1 if task.columns.extent % 2 else 2, *pair, store))
+
+    def store_through_shared_memory(self):
+        """Emits the epilogue of as many columns at once as a thread can write as one."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        config = self.config
+        line, width = config.columns + STAGING_PAD, output_vector(self.task)
+        build.evaluate(T.ptx["cp.async.wait_group"](0))
+        build.evaluate(T.cuda.cta_sync())
+        staged = build.decl_buffer(
+            (self.shared_elements * self.left.element_bytes // 4,), "float32", data=self.shared.data, scope="shared.dyn"
+        )
+
+        def stage(row, column, sums):
+            for e, value in enumerate(sums):
+                build.buffer_store(staged, value, [row * line + column + e])
+
+        self.emit_pairs(stage)
+        build.evaluate(T.cuda.cta_sync())
+        vectors = config.columns // width
+
+        def store(row, column, sums):
+            store_outputs(self.task, self.buffers, self.batch, row, column, sums)
+
+        with build.serial(-(-config.rows * vectors // config.threads), unroll=4) as i:
+            number = i * config.threads + self.thread
+            row, column = number // vectors, number % vectors * width
+            sums = build.alloc_buffer((width,), "float32", scope="local")
+            for first in range(0, width, 4):
+                with build.vectorized(min(4, width)) as j:
+                    build.buffer_store(sums, staged[row * line + column + first + j], [first + j])
+            self.emit_outputs(width, row, column, [sums[e] for e in range(width)], store)
+
+
+def emit_reduction(task, parts, buffers, partial):
+    """Emits a launch that adds up the parts of all sums, always in one order, and does what follows the product."""
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as build
+
+    width = min(4, output_vector(task))
+    rows, columns = task.rows.extent, task.columns.extent
+    outputs = task.batch.extent * rows * columns
+    with (
+        build.launch_thread("blockIdx.x", -(-outputs // width // REDUCTION_THREADS)) as block,
+        build.launch_thread("threadIdx.x", REDUCTION_THREADS) as thread,
+    ):
+        first = build.Bind((block * REDUCTION_THREADS + thread) * width)
+        with build.If(first < outputs), build.Then():
+            sums = build.alloc_buffer((width,), "float32", scope="local")
+            loaded = build.alloc_buffer((parts * width,), "float32", scope="local")
+            for part in range(parts):
+                with build.vectorized(width) as j:
+                    build.buffer_store(loaded, partial[part * outputs + first + j], [part * width + j])
+            for j in range(width):
+                total = tirx.const(0, "float32")
+                for part in range(parts):
+                    total = total + loaded[part * width + j]
+                build.buffer_store(sums, total, [j])
+            batch, row, column = first // (rows * columns), first // columns % rows, first % columns
+            store_outputs(task, buffers, batch, row, column, [sums[j] for j in range(width)])

@@ -1,0 +1,251 @@
+"""A task's product as tensor cores see it: products of matrices, batched, with all that is fused behind them.
+
+out[…] = epilogue(sum over terms of left[batch, row, term] * right[batch, column, term]). Convolutions are such products
+too (implicit GEMM): a row is a position of the output, and a term is a position in the window and an input channel.
+"""
+
+import dataclasses
+import math
+import typing
+
+from tvm_items.expressions import (
+    contiguous_run,
+    dtype_of,
+    find,
+    is_load,
+    rewrite,
+    substitute,
+    unflatten,
+    uses,
+)
+from tvm_items.rewrites import UNSPLIT, find_product, rewrite_product
+
+MIN_ROWS, MIN_COLUMNS, MIN_TERMS = 8, 8, 16  # with fewer, most of what tensor cores do is padding
+
+
+class Axis(typing.NamedTuple):
+    """Loops of the task that a kernel sees as one."""
+
+    variables: list  # TIR variables, the outermost first
+    extents: list[int]
+
+    @property
+    def extent(self):
+        return math.prod(self.extents)
+
+    def innermost(self):
+        """Returns (variable, extent) of the loop that changes with each step, (None, 1) where the axis has one step."""
+        pairs = [pair for pair in zip(self.variables, self.extents) if pair[1] > 1]
+        return pairs[-1] if pairs else (None, 1)
+
+    def values(self, index):
+        """Returns {variable: expression} for an index (a 32-bit expression) along the axis."""
+        return dict(zip(self.variables, unflatten(index, self.extents)))
+
+
+@dataclasses.dataclass
+class Operand:
+    """One of the two factors."""
+
+    load: object  # TIR: an element of a parameter of the task
+    condition: object  # TIR: where it is not met the element is 0; None: everywhere
+    axes: tuple[Axis, Axis, Axis]  # batch, rows or columns, terms
+    along_terms: bool  # whether elements that lie behind one another in memory are terms; else rows or columns
+    vector: int  # how many of those can be copied as one
+
+    def access(self, buffers, *indices):
+        """Returns (load, condition or None) of the element at indices of the three axes.
+
+        buffers: {parameter: buffer}.
+        """
+        values = {}
+        for axis, index in zip(self.axes, indices):
+            values |= axis.values(index)
+        load, condition = on_buffers(self.load, values, buffers), self.condition
+        return load, condition if condition is None else substitute(condition, values)
+
+
+@dataclasses.dataclass
+class ProductTask:
+    """A task that is a product; see the top of this file."""
+
+    parameters: list  # of the task's function: buffers
+    dtype: str  # of both operands: "float16", "bfloat16" or "float32"
+    batch: Axis
+    rows: Axis
+    columns: Axis
+    terms: Axis
+    left: Operand
+    right: Operand
+    product: object  # the buffer that stands for the sums in `value`
+    value: object  # TIR: an element of the output
+    output: object  # the parameter that is written
+    indices: list  # TIR: where the element is written
+    output_vector: int  # how many elements along the columns can be written as one
+
+    def positions(self, batch, row, column):
+        """Returns {variable: expression} at a position of the output."""
+        return self.batch.values(batch) | self.rows.values(row) | self.columns.values(column)
+
+
+def on_buffers(expression, values, buffers):
+    """Returns a TIR expression with other variables, {variable: expression}, and other buffers, {parameter: buffer}."""
+
+    def replace(part):
+        if is_load(part):
+            buffer = find(part.source, buffers)
+            return buffer[tuple(rewrite(index, replace) for index in part.indices)]
+        return find(part, values)
+
+    return rewrite(expression, replace)
+
+
+def find_product_task(module):
+    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
+    from tvm.s_tir import Schedule
+
+    schedule = Schedule(module)
+    if find_product(schedule) is None:
+        return None
+    try:
+        product, epilogue = separate(schedule)
+    except Exception:  # what is fused with the product is of a kind that cannot be inlined
+        return None
+    factors = find_factors(product)
+    if factors is None or not is_elementwise(epilogue):
+        return None
+    axes = sort_loops(product, factors)
+    if axes is None:
+        return None
+    batch, rows, columns, terms = axes
+    # What the loops of the epilogue are called in the product; its loops are those of the product's buffer.
+    renamed = {iter_var.var: index for iter_var, index in zip(epilogue.iter_vars, product.body.indices, strict=True)}
+    store = epilogue.body
+    indices = [keep_dtype(index, renamed) for index in store.indices]
+    value = keep_dtype(store.value, renamed)
+    shape = buffer_shape(store.buffer)
+    if contiguous_run(indices, shape, *rows.innermost()) > contiguous_run(indices, shape, *columns.innermost()):
+        rows, columns, factors = columns, rows, factors[::-1]
+    if rows.extent < MIN_ROWS or columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
+        return None
+    left, right = (make_operand(*factor, (batch, axis, terms)) for factor, axis in zip(factors, (rows, columns)))
+    dtypes = {dtype_of(left.load), dtype_of(right.load)}
+    if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32"}:
+        return None
+    return ProductTask(
+        parameters=list(schedule.mod["main"].params),
+        dtype=dtypes.pop(),
+        batch=batch,
+        rows=rows,
+        columns=columns,
+        terms=terms,
+        left=left,
+        right=right,
+        product=product.body.buffer,
+        value=value,
+        output=store.buffer,
+        indices=indices,
+        output_vector=contiguous_run(indices, shape, *columns.innermost()),
+    )
+
+
+def separate(schedule):
+    """Makes two blocks of a task, the product and what follows it, in place; returns both."""
+    rewrite_product(schedule, UNSPLIT)
+    product, _ = find_product(schedule)
+
+    def inline_producers(block):
+        for producer in schedule.get_producers(block):
+            inline_producers(producer)
+            schedule.compute_inline(producer)
+
+    inline_producers(product)
+    copy = schedule.cache_write(product, 0, "local")
+    while consumers := schedule.get_consumers(copy):
+        schedule.reverse_compute_inline(consumers[0])
+    blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+    if len(blocks) != 2:
+        raise ValueError("more than a product and what follows it")
+    for block in (product, copy):
+        extents = math.prod(int(schedule.get(loop).extent) for loop in schedule.get_loops(block))
+        if extents != math.prod(int(loop.dom.extent) for loop in schedule.get(block).iter_vars):
+            raise ValueError("a block that is left out for some of its iterations")
+    return schedule.get(product), schedule.get(copy)
+
+
+def find_factors(product):
+    """Returns [(load, condition or None), (load, condition or None)] of a product's block, None where it is none."""
+    from tvm import tirx
+
+    update = getattr(product.body, "value", None)
+    if not isinstance(update, tirx.Add) or not isinstance(update.b, tirx.Mul):
+        return None
+    factors = []
+    for factor in (update.b.a, update.b.b):
+        while isinstance(factor, tirx.Cast):
+            factor = factor.value
+        condition = None
+        if "if_then_else" in str(getattr(factor, "op", "")):
+            condition, factor, otherwise = factor.args
+            if float(getattr(otherwise, "value", math.nan)) != 0:
+                return None
+        if not is_load(factor):
+            return None
+        factors.append((factor, condition))
+    return factors
+
+
+def is_elementwise(block):
+    """Returns whether a block writes one element of a buffer in each iteration, and does nothing else."""
+    from tvm import tirx
+
+    return isinstance(block.body, tirx.BufferStore) and block.init is None
+
+
+def sort_loops(product, factors):
+    """Returns the Axes (batch, rows, columns, terms) of a product's block, None where it has no such loops."""
+    spatial = [loop.var for loop in product.iter_vars if loop.iter_type == loop.DataPar]
+    indices = product.body.indices
+    if len(spatial) != len(indices) or not all(a.same_as(b) for a, b in zip(spatial, indices)):
+        return None
+    axes = {name: Axis([], []) for name in ("batch", "left", "right", "terms")}
+    for loop in product.iter_vars:
+        extent = int(loop.dom.extent)
+        in_left, in_right = (
+            any(uses(part, loop.var) for part in (*load.indices, condition) if part is not None)
+            for load, condition in factors
+        )
+        if loop.iter_type == loop.CommReduce:
+            name = "terms"
+            if extent > 1 and not (in_left and in_right):
+                return None
+        elif in_left and in_right:
+            name = "batch"
+        else:
+            name = "right" if in_right else "left"
+        axes[name].variables.append(loop.var)
+        axes[name].extents.append(extent)
+    return list(axes.values())
+
+
+def make_operand(load, condition, axes):
+    """Returns the Operand that reads `load` where the condition is met; axes: batch, rows or columns, terms."""
+    limit = 16 // (4 if dtype_of(load) == "float32" else 2)  # an asynchronous copy has at most 16 bytes
+    shape = buffer_shape(load.source)
+    runs = [contiguous_run(load.indices, shape, *axis.innermost(), condition, limit) for axis in axes[1:]]
+    along_terms = runs[1] >= runs[0]
+    return Operand(load, condition, axes, along_terms, max(runs))
+
+
+def buffer_shape(buffer):
+    return [int(size) for size in buffer.shape]
+
+
+def keep_dtype(expression, values):
+    """Returns a TIR expression with variables replaced by others of the same dtype."""
+    from tvm import tirx
+
+    def replace(part):
+        return part if isinstance(part, tirx.IntImm) else find(part, values)
+
+    return rewrite(expression, replace)

@@ -1,0 +1,22 @@
+"""Templates: hand-written kernels with parameters, which the tuner searches beside MetaSchedule's design spaces.
+
+A template has `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
+options make a kernel that the device can run; and `realize(decisions)`, the IRModule of that kernel, whose "main" has
+the task's signature and is scheduled. It raises ValueError where there is none.
+"""
+
+from tvm_items.mma import MmaTemplate
+from tvm_items.product_task import find_product_task
+from tvm_items.target import compute_capability, max_shared_bytes
+
+MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
+
+
+def find_templates(module, target):
+    """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target."""
+    if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
+        return []
+    task = find_product_task(module)
+    if task is None or task.dtype == "float32":
+        return []
+    return [MmaTemplate(task, max_shared_bytes(target))]
