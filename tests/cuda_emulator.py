@@ -23,15 +23,15 @@ HEADER = Path(__file__).with_suffix(".h")
 GUARD_BYTES = 4096  # of NaN, in front of each argument and behind it
 
 
-def emulate(module, target, arguments, build_options=None, pipeline=None):
+def emulate(module, target, arguments, pipeline=None):
     """Runs a scheduled module's "main" for CUDA on the CPU twice, with asynchronous instructions late and early.
 
     module: IRModule of one PrimFunc. arguments: CPU tensors in the order of its parameters. They are left as they are;
-    returns their values after each of the two runs, as two lists of tensors. build_options: of TVM's PassContext.
-    pipeline: of tvm.build. Raises RuntimeError for a kernel that hangs, reads shared memory where it must not, or
-    writes out of its arguments.
+    returns their values after each of the two runs, as two lists of tensors. pipeline: the name of one of TVM's for
+    TIR, its default one if None. Raises RuntimeError for a kernel that hangs, accesses shared memory where it must not,
+    or writes out of its arguments.
     """
-    return run(*generate(module, target, build_options or {}, pipeline), arguments)
+    return run(*generate(module, target, pipeline), arguments)
 
 
 def run(source, launches, buffers, arguments):
@@ -84,7 +84,7 @@ class Launch:
     block: list
 
 
-def generate(module, target, build_options, pipeline):
+def generate(module, target, pipeline=None):
     """Returns (CUDA C++ source, list of Launches, sizes in bytes of the buffers that main allocates)."""
     import tvm
 
@@ -97,8 +97,8 @@ def generate(module, target, build_options, pipeline):
                 self.module = module
 
     kept = KeepHost()
-    with target, tvm.transform.PassContext(opt_level=3, config=build_options, instruments=[kept]):
-        built = tvm.build(module, target=target, **({"pipeline": pipeline} if pipeline else {}))
+    with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}, instruments=[kept]):
+        built = tvm.tirx.build(module, target=target, pipeline=pipeline)
     sources = [imported.inspect_source("cuda") for imported in built.imports]
     launches, buffers = read_host(kept.module["main"])
     return "\n".join(sources), launches, buffers

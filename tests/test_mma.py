@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import H200
-from cuda_emulator import emulate
+from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.kernels import compile_candidate
+from tvm_items.lowering import tir_pipeline
 from tvm_items.mma import PARAMETERS, Config
 from tvm_items.templates import find_templates
 
@@ -37,7 +38,7 @@ def check(tvm, task, **options):
     (template, *_) = find_templates(module, target)
     realized = template.realize(decide(**options))
     tolerance = 1e-3 if expected.dtype == torch.float16 else 8e-3
-    for values in emulate(realized, target, arguments, {"tirx.disable_assert": True}, "tirx"):
+    for values in emulate(realized, target, arguments, tir_pipeline()):
         error = (values[-1].float() - expected.float()).norm() / expected.float().norm()
         assert error < tolerance and all(map(torch.equal, values[:-1], arguments[:-1]))
     return realized
@@ -99,6 +100,6 @@ def test_kernels_compile_for_hopper(tvm):
     big = {"rows": 128, "columns": 128, "chunks": 8, "warps_along_rows": 2, "warps_along_columns": 2}
     for options in ({"staged": True}, {"parts": 2}):
         realized = template.realize(decide(**big, **options))
-        with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
-            source = tvm.build(realized, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
+        source, *_ = generate(realized, target, tir_pipeline())
+        with target:
             assert bytes(compile_candidate(source)).startswith(b"\x7fELF")

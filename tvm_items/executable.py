@@ -3,6 +3,8 @@
 import functools
 import json
 
+from tvm_items.lowering import tir_pipeline
+
 LIBRARY, WEIGHTS, INPUT_NAMES = "model.so", "weights.params", "inputs.json"
 
 
@@ -13,11 +15,8 @@ def compile_and_bind(module, weights, exported, inputs, target, case, pipeline, 
     tensor}. pipeline: a pass over Relax modules, or the name of one of TVM's. options: of TVM's PassContext. On CUDA
     the whole model becomes one CUDA graph. save(directory) keeps what load_saved() needs.
     """
-    import tvm
-
     options = {"relax.backend.use_cuda_graph": case.device != "cpu", **options}
-    with tvm.transform.PassContext(opt_level=3, config=options):
-        executable = tvm.compile(module, target, relax_pipeline=pipeline)
+    executable = compile_module(module, target, pipeline, options)
     vm = virtual_machine(executable, case)
     weights = on_device(weights, case)
     if any(name.name_hint == "main_transform_params" for name in module.functions):
@@ -26,6 +25,14 @@ def compile_and_bind(module, weights, exported, inputs, target, case, pipeline, 
     run = functools.partial(bind_arguments(vm, input_names, inputs, weights))  # TVM's functions have no attributes
     run.save = functools.partial(save, executable, input_names, weights)
     return run
+
+
+def compile_module(module, target, pipeline, options):
+    """Returns the executable of a Relax module for a tvm.target.Target; the rest is as in compile_and_bind()."""
+    import tvm
+
+    with tvm.transform.PassContext(opt_level=3, config=options):
+        return tvm.compile(module, target, relax_pipeline=pipeline, tir_pipeline=tir_pipeline())
 
 
 def virtual_machine(executable, case):

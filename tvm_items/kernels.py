@@ -14,16 +14,26 @@ def compile_kernels(source):
     call one another: they are dealt out to programs that compile at once and are linked again. In processes, because
     NVRTC's front end holds a lock; forked, because they only need what is imported, and never touch CUDA.
     """
-    import tvm
     from tvm.support import nvcc
 
     programs = split_into_programs(without_type_traits(source), len(os.sched_getaffinity(0)))
-    version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
-    arch = f"sm_{version.replace('.', '')}"
+    arch = find_arch(source)
     compile_program = functools.partial(nvcc.compile_cuda, target_format="cubin", arch=arch, options=["-rdc=true"])
     with concurrent.futures.ProcessPoolExecutor(len(programs), multiprocessing.get_context("fork")) as pool:
         cubins = list(pool.map(compile_program, programs))
     return link(cubins, arch)
+
+
+def find_arch(source):
+    """Returns the architecture to compile CUDA C++ for on the current target, such as "sm_90".
+
+    "sm_90a" where the source has instructions that only Hopper has: a target's name is that of the device, "sm_90".
+    """
+    import tvm
+    from tvm.support import nvcc
+
+    version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
+    return f"sm_{version.replace('.', '')}{'a' if 'wgmma.' in source else ''}"
 
 
 def split_into_programs(source, limit):
@@ -57,7 +67,7 @@ def compile_candidate(source):
     """
     from tvm.support import nvcc
 
-    return nvcc.compile_cuda(without_type_traits(source), target_format="cubin")
+    return nvcc.compile_cuda(without_type_traits(source), target_format="cubin", arch=find_arch(source))
 
 
 def without_type_traits(source):

@@ -9,6 +9,7 @@ import torch
 
 from harness.errors import one_line
 from tvm_items.executable import export_library
+from tvm_items.lowering import tir_pipeline
 from tvm_items.spaces import cached_design_spaces
 from tvm_items.target import load_target
 from tvm_items.tasks import default_schedule
@@ -56,7 +57,7 @@ def build(module_json, target_json, candidate, path):
     else:
         scheduled = schedule_candidate(module_json, target_json, *candidate)
     with target, tvm.transform.PassContext(opt_level=3, config=build_options(target)):
-        export_library(tvm.build(scheduled, target=target), path)
+        export_library(tvm.tirx.build(scheduled, target=target, pipeline=tir_pipeline()), path)
     return path
 
 

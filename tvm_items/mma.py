@@ -324,7 +324,7 @@ class Kernel:
     # ---- What becomes of the sums
 
     def emit_pairs(self, emit):
-        """Emits what emit(row, column, sums) does for each pair of a thread's sums, side by side in the block's tile."""
+        """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
         from tvm.tirx.script.builder import ir as build
 
         with build.unroll(self.row_blocks) as i, build.unroll(2) as h, build.unroll(self.column_blocks) as j:

@@ -106,11 +106,9 @@ def copy_chunk(tile, buffers, shared, start, batch, first_output, first_term, li
             value = load if inside is None else T.if_then_else(inside, load, tirx.const(0, tile.dtype))
             build.buffer_store(shared, value, [place])
             continue
-        size = (
-            ()
-            if inside is None
-            else (tirx.Select(inside, tirx.const(vector_bytes, "uint32"), tirx.const(0, "uint32")),)
-        )
+        size = []  # of what is copied, where the rest is to become 0
+        if inside is not None:
+            size.append(tirx.Select(inside, tirx.const(vector_bytes, "uint32"), tirx.const(0, "uint32")))
         kind = "cg" if vector_bytes == CHUNK_BYTES else "ca"
         copy = T.ptx[f"cp.async.{kind}.shared.global"]
         build.evaluate(copy(T.address_of(shared[place]), T.address_of(load), vector_bytes, *size))

@@ -1,0 +1,68 @@
+"""Kernels of every kind in one Relax module: TVM's default schedule, WMMA by MetaSchedule, and templates."""
+
+import itertools
+import json
+import re
+
+from conftest import H200
+from tvm_items.executable import compile_module, passes_after_scheduling
+from tvm_items.kernels import compile_kernels
+from tvm_items.measure import build_options
+from tvm_items.spaces import DesignSpaces
+from tvm_items.tasks import default_schedule
+from tvm_items.templates import find_templates
+
+
+def test_kernels_of_every_kind_compile_together(tvm):
+    from tvm import relax, te, topi
+
+    target = tvm.target.Target(json.loads(H200))
+    x, w = (te.placeholder(shape, name=name, dtype="float16") for name, shape in (("x", (256, 256)), ("w", (256, 512))))
+    product = topi.cast(topi.nn.matmul(x, w, out_dtype="float32"), "float16")
+    module = tvm.IRModule({"main": te.create_prim_func([x, w, product])})
+    templates = find_templates(module, target)
+    relu = tvm.IRModule({"main": te.create_prim_func([x, topi.nn.relu(x)])})
+    scheduled = {
+        "wmma": wmma_schedule(tvm, module),
+        **{type(template).__name__: realize_any(template)["main"] for template in templates},
+    }
+    builder = relax.BlockBuilder()
+    x, w = (relax.Var(tensor.name, relax.TensorType(list(tensor.shape), "float16")) for tensor in (x, w))
+    with builder.function("main", [x, w]):
+        with builder.dataflow():
+            positive = call(builder, "plain", default_schedule(relu, target)["main"], [x], x.ty)
+            of_product = relax.TensorType([256, 512], "float16")
+            results = [call(builder, name, function, [positive, w], of_product) for name, function in scheduled.items()]
+            results = [builder.emit_output(result) for result in results]
+        builder.emit_func_output(relax.Tuple(results))
+    options = {"relax.backend.use_cuda_graph": True, **build_options(target)}
+    executable = compile_module(builder.get(), target, passes_after_scheduling(target), options)
+    source = executable.mod.imports[0].imports[0].inspect_source("cuda")
+    kernels = set(re.findall(r'extern "C" __global__ .*? (\w+_kernel\w*)\(', source))
+    assert {name.removesuffix("_kernel") for name in kernels} >= {"plain", *scheduled}
+    assert "wmma::mma_sync" in source and "mma.sync.aligned.m16n8k16" in source
+    with target:
+        cubin = bytes(compile_kernels(source))
+    assert cubin.startswith(b"\x7fELF") and all(kernel.encode() in cubin for kernel in kernels)
+
+
+def call(builder, name, function, arguments, type_of_result):
+    """Emits a call of a PrimFunc in a Relax function and returns its result."""
+    from tvm import relax
+
+    called = builder.add_func(function.with_attr("global_symbol", name), name)
+    return builder.emit(relax.call_tir(called, arguments, type_of_result))
+
+
+def wmma_schedule(tvm, module):
+    """Returns the product's function as MetaSchedule's first design space for tensor cores schedules it."""
+    spaces = DesignSpaces(tvm.ir.save_json(module), H200)
+    # 2 x 2 warps of 2 x 2 tiles, as in test_tensor_cores.py.
+    tiles = [[4, 1, 2, 2, 1], [8, 1, 2, 2, 1], [spaces[0].choices[2].extent // 4, 2, 2]]
+    return spaces.realize(0, [*tiles, 0, 2, 2] + [0] * (len(spaces[0].choices) - 6))[0].mod["main"]
+
+
+def realize_any(template):
+    """Returns the module of the first decisions that fit."""
+    all_decisions = map(list, itertools.product(*map(range, template.choices)))
+    return template.realize(next(filter(template.fits, all_decisions)))
