@@ -59,7 +59,7 @@ def wmma_schedule(tvm, module):
     spaces = DesignSpaces(tvm.ir.save_json(module), H200)
     # 2 x 2 warps of 2 x 2 tiles, as in test_tensor_cores.py.
     tiles = [[4, 1, 2, 2, 1], [8, 1, 2, 2, 1], [spaces[0].choices[2].extent // 4, 2, 2]]
-    return spaces.realize(0, [*tiles, 0, 2, 2] + [0] * (len(spaces[0].choices) - 6))[0].mod["main"]
+    return spaces.realize(0, [*tiles, 0, 2, 2] + [0] * (len(spaces[0].choices) - 6))[0]["main"]
 
 
 def realize_any(template):

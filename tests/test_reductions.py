@@ -64,5 +64,5 @@ def test_a_norm_with_what_is_around_it_can_be_one_kernel(tvm):
     for task in tasks:
         spaces = DesignSpaces(task.module_json, H200)
         found = search(task.module_json, H200, [], [], 16, 1)
-        scripts = [spaces.realize(space, decisions)[0].mod.script() for space, decisions, _ in found]
+        scripts = [spaces.realize(space, decisions)[0].script() for space, decisions, _ in found]
         assert 1 in {script.count('thread="blockIdx.x"') for script in scripts}

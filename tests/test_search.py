@@ -1,23 +1,29 @@
 """Which candidates of a task are measured next."""
 
+import os
+
+import numpy as np
+
 from conftest import H200
-from products import make_product
+from products import make_batched_product, make_product
 from tvm_items.database import RECORD, read_siblings, write_database
-from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Trial, find_open_spaces, search
+from tvm_items.measure import build
+from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Candidate, Trial, find_open_spaces, predict, search
 from tvm_items.spaces import DesignSpaces
+from tvm_items.templates import FIRST_TEMPLATE
 
 
 def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():
     def trials(space, *seconds):
         return [Trial(space, [], s, None) for s in seconds]
 
-    assert find_open_spaces(2, []) == [0, 1]
+    assert find_open_spaces([0, 1], []) == [0, 1]
     few = trials(0, *[1.0] * 20) + trials(1, *[9.0] * (MIN_TRIALS_OF_A_SPACE - 1))
-    assert find_open_spaces(2, few) == [0, 1]
-    assert find_open_spaces(2, few + trials(1, 9.0)) == [0]
-    assert find_open_spaces(2, few + trials(1, 2.5)) == [0, 1]
-    assert find_open_spaces(2, few + trials(1, 2.5, *[9.0] * 20)) == [0]
-    assert find_open_spaces(2, trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
+    assert find_open_spaces([0, 1], few) == [0, 1]
+    assert find_open_spaces([0, 1], few + trials(1, 9.0)) == [0]
+    assert find_open_spaces([0, 1], few + trials(1, 2.5)) == [0, 1]
+    assert find_open_spaces([0, 1], few + trials(1, 2.5, *[9.0] * 20)) == [0]
+    assert find_open_spaces([0, 1], trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
 
 
 def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm, tmp_path):
@@ -42,3 +48,31 @@ def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm, tmp_path)
     spaces = DesignSpaces(module, H200)
     assert spaces.adapt(space, [[1, 64, 1, 1, 1], *rest]) is None  # 64 do not divide 96
     assert spaces.adapt(space, rest) is None and spaces.adapt(len(spaces), decisions) is None
+
+
+def test_templates_are_searched_beside_the_design_spaces_of_metaschedule(tvm, tmp_path):
+    module, *_ = make_batched_product((1, 64, 64, 64), "float16")
+    module_json = tvm.ir.save_json(module)
+    spaces = DesignSpaces(module_json, H200)
+    assert spaces.numbers == [*range(len(spaces)), *spaces.templates] and min(spaces.templates) >= FIRST_TEMPLATE
+    found = search(module_json, H200, [], [], 16, 1)
+    assert set(spaces.numbers) == {candidate.space for candidate in found}
+    space, decisions, _ = next(candidate for candidate in found if candidate.space in spaces.templates)
+    assert spaces.adapt(space, decisions) == decisions
+    for damaged in (decisions[1:], [-1, *decisions[1:]], [99, *decisions[1:]], [[1, 2], *decisions[1:]]):
+        assert spaces.adapt(space, damaged) is None and spaces.realize(space, damaged) is None
+    path = build(module_json, H200, (space, decisions), str(tmp_path / "kernel.so"))
+    assert os.path.getsize(path) > 0
+
+
+def test_each_kind_of_design_space_has_trees_of_its_own(tvm):
+    def trials(space, width, slowest):
+        return [Trial(space, [i], 1e-3 * (1 + i % slowest), np.full((1, width), i % slowest)) for i in range(20)]
+
+    candidates = [
+        Candidate(space, [], np.full((1, width), value, "float32"))
+        for space, width in ((0, 164), (FIRST_TEMPLATE, 9), (FIRST_TEMPLATE + 1, 7))
+        for value in (0, 3)
+    ]
+    scores = predict(trials(0, 164, 4) + trials(FIRST_TEMPLATE, 9, 4), candidates)
+    assert scores[0] > scores[1] and scores[2] > scores[3] and scores[4:] == [0, 0]

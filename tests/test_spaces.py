@@ -15,10 +15,10 @@ def test_every_rewriting_has_design_spaces_for_cuda(tvm):
     assert {spaces[number].split for number, _, _ in found} == {0, 1, 2}
     for number, decisions, _ in found:
         split = spaces[number].split
-        schedule, made = spaces.realize(number, decisions)
+        module, made = spaces.realize(number, decisions)
         assert made == decisions and spaces.adapt(number, decisions) == decisions
         assert split < 2 or decisions[0] == [2, 1, 1, 1, 1]
-        kernels = schedule.mod.script().count('thread="blockIdx.x"')
+        kernels = module.script().count('thread="blockIdx.x"')
         assert kernels == {0: 2, 1: 1, 2: 2}[split]
     # 24 KiB of shared memory, and three or four times as much where loading is pipelined.
     assert {space.stages for space in spaces} == {1, 3, 4}

@@ -21,6 +21,6 @@ def test_bf16_has_the_tensor_core_schedules_of_fp16(tvm):
         # 2 x 2 warps of 2 x 2 tiles, loads of 4 elements; how wide the result is stored differs in its options.
         tiles = [[4, 1, 2, 2, 1], [8, 1, 2, 2, 1], [space.choices[2].extent // 4, 2, 2]]
         decisions = [*tiles, 0, 2, 2] + [0] * (len(space.choices) - 6)
-        scripts = [spaces.realize(number, decisions)[0].mod.script() for spaces in (fp16, bf16)]
+        scripts = [spaces.realize(number, decisions)[0].script() for spaces in (fp16, bf16)]
         renamed = scripts[1].replace("bfloat16", "float16").replace("_bf16_", "_f16_")
         assert renamed == scripts[0] and "tvm_mma_sync" in renamed

@@ -1,7 +1,7 @@
 """Scheduling a model by its tuning database."""
 
 from tvm_items.database import DatabaseError
-from tvm_items.spaces import DesignSpaces
+from tvm_items.measure import schedule_candidate
 from tvm_items.tasks import default_schedule
 
 
@@ -12,26 +12,26 @@ def apply_database(module, target, database):
     as it is exported now.
     """
     import tvm
-    from tvm import relax
-    from tvm.s_tir.meta_schedule.database import ScheduleFnDatabase
     from tvm.s_tir.meta_schedule.utils import shash2hex
 
+    as_task = tvm.get_global_func("tvm.s_tir.meta_schedule.normalize_mod")
     records, used = {record["task"]: record for record in database["records"]}, set()
-
-    def schedule_by_record(schedule):
-        module = tvm.IRModule(schedule.mod.functions)  # without its name, which the hash would see
-        record = records.get(shash2hex(module))
+    functions = dict(module.functions.items())
+    for name, function in functions.items():
+        if not isinstance(function, tvm.tirx.PrimFunc):
+            continue
+        task = as_task(function)
+        record = records.get(shash2hex(task))
         if record is None:
-            return False
-        spaces = DesignSpaces(tvm.ir.save_json(module), str(target))
-        if spaces.realize(record["space"], record["decisions"], schedule) is None:
-            return False
+            continue
+        try:
+            candidate = record["space"], record["decisions"]
+            scheduled = schedule_candidate(tvm.ir.save_json(task), str(target), *candidate)["main"]
+        except ValueError:  # it fits no task of this kind: said below
+            continue
         used.add(record["task"])
-        return True
-
-    with target, ScheduleFnDatabase(schedule_by_record), tvm.transform.PassContext(opt_level=3):
-        module = relax.transform.MetaScheduleApplyDatabase()(module)
+        functions[name] = scheduled.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
     if used != records.keys():
         unfit = f"{len(records) - len(used)} of {len(records)} records fit no kernel of the model"
         raise DatabaseError(f"{unfit} as it is exported here; delete the database to tune anew")
-    return default_schedule(module, target)
+    return default_schedule(tvm.IRModule(functions, attrs=module.attrs), target)

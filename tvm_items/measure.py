@@ -68,8 +68,7 @@ def schedule_candidate(module_json, target_json, space, decisions):
     realized = cached_design_spaces(module_json, target_json).realize(space, decisions)
     if realized is None:
         raise ValueError("the target forbids this candidate")
-    schedule, _ = realized
-    return RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(schedule.mod)
+    return RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(realized[0])
 
 
 def measure(arguments, library, reference_library, device, tolerance, best_s):

@@ -60,6 +60,8 @@ class Config:
 class MmaTemplate:
     """The kernels of a task that differ in their parameters."""
 
+    number = 100  # among a task's design spaces: see templates.py
+
     task: ProductTask
     max_shared_bytes: int  # of a block
 

@@ -51,10 +51,9 @@ def search(module_json, target_json, trials, relatives, count, seed):
     model, in front. The evolution keeps no state but that, so that any process can go on with any task.
     """
     spaces, rng = cached_design_spaces(module_json, target_json), random.Random(seed)
-    # In fp32 fits() lets hardly anything pass that TVM refuses. Of candidates for tensor cores it is one in ten.
-    population = Population(spaces, rng, trials, verify_all="float16" in module_json)
+    population = Population(spaces, rng, trials)
     borrowed = population.borrow(relatives, count)
-    open_spaces = find_open_spaces(len(spaces), trials)
+    open_spaces = find_open_spaces(spaces.numbers, trials)
     population.grow(open_spaces)
     scores = predict([trial for trial in trials if trial.features is not None], population.candidates)
     return choose_round(population.candidates, scores, borrowed, open_spaces, count, rng)
@@ -63,11 +62,11 @@ def search(module_json, target_json, trials, relatives, count, seed):
 class Population:
     """Valid candidates of a task, none of which was measured before."""
 
-    def __init__(self, spaces, rng, trials, verify_all):
-        self.spaces, self.rng, self.verify_all = spaces, rng, verify_all
+    def __init__(self, spaces, rng, trials):
+        self.spaces, self.rng = spaces, rng
         self.candidates = []
         self.known = {candidate_key(trial.space, trial.decisions) for trial in trials}
-        self.parents = find_parents(len(spaces), trials)
+        self.parents = find_parents(spaces.numbers, trials)
 
     def borrow(self, relatives, count):
         """Adds what fits of `relatives`; returns the indices of those, at most `count`, that fit as they are."""
@@ -110,15 +109,14 @@ class Population:
     def add(self, space, decisions):
         """Adds a candidate, where the target allows it and what TVM draws for it is new; returns whether it did."""
         self.known.add(candidate_key(space, decisions))
-        verify = self.verify_all or not self.spaces[space].operands
-        realized = self.spaces.realize(space, decisions, seed=self.rng.randrange(1, 2**31), verify=verify)
-        if realized is None:
+        sampled = self.spaces.sample(space, decisions, self.rng.randrange(1, 2**31))
+        if sampled is None:
             return False
-        schedule, made = realized
+        made, features = sampled
         if made != decisions and candidate_key(space, made) in self.known:
             return False
         self.known.add(candidate_key(space, made))
-        self.candidates.append(Candidate(space, made, self.spaces.features(schedule)))
+        self.candidates.append(Candidate(space, made, features))
         return True
 
 
@@ -126,40 +124,52 @@ def candidate_key(space, decisions):
     return json.dumps([space, decisions])
 
 
-def find_parents(count, trials):
-    """Returns for each of `count` design spaces the decisions of its best trials, fastest first."""
+def find_parents(numbers, trials):
+    """Returns {number: decisions of its best trials, fastest first} for design spaces of these numbers."""
     fastest = sorted((trial for trial in trials if trial.seconds), key=lambda trial: trial.seconds)
-    return [[trial.decisions for trial in fastest if trial.space == i][:PARENTS_PER_SPACE] for i in range(count)]
+    return {i: [trial.decisions for trial in fastest if trial.space == i][:PARENTS_PER_SPACE] for i in numbers}
 
 
-def find_open_spaces(count, trials):
-    """Returns the numbers of the design spaces, of `count`, that are worth more trials.
+def find_open_spaces(numbers, trials):
+    """Returns the numbers of the design spaces, of `numbers`, that are worth more trials.
 
     Those are hardly explored, or nearly as good as the best. Each of them gets an equal share of a round: the cost
     model alone settles on the first space that looks good, and the other one may be three times faster once its tiles
     are right. The more candidates a space has had, the closer must its best one be.
     """
-    measured = [[trial.seconds or math.inf for trial in trials if trial.space == i] for i in range(count)]
-    best = min(itertools.chain(*measured), default=math.inf)
+    measured = {i: [trial.seconds or math.inf for trial in trials if trial.space == i] for i in numbers}
+    best = min(itertools.chain(*measured.values()), default=math.inf)
 
     def is_open(times):
         if len(times) < MIN_TRIALS_OF_A_SPACE:
             return True
         return min(times) <= best * (1 + SLOWDOWN_AFTER_ONE_TRIAL / len(times))
 
-    return [i for i, times in enumerate(measured) if is_open(times)]
+    return [i for i in numbers if is_open(measured[i])]
 
 
 def predict(trials, candidates):
     """Returns a score for each of `candidates`, higher for faster, by TVM's boosted trees.
 
-    trials: those with features, which the trees are trained on. All scores are 0 where that is less than a round.
+    trials: those with features, which the trees are trained on. Features of different widths are of different kinds of
+    design spaces, and have trees of their own. Scores are 0 where there is less than a round of a kind.
     """
+    scores = [0.0] * len(candidates)
+    best_s = min((trial.seconds for trial in trials if trial.seconds), default=None)
+    widths = [candidate.features.shape[1] for candidate in candidates]
+    for width in set(widths) if best_s else ():
+        known = [trial for trial in trials if trial.features.shape[1] == width]
+        chosen = [i for i, other in enumerate(widths) if other == width]
+        if len(known) >= ROUND_SIZE:
+            for i, score in zip(chosen, predict_kind(best_s, known, [candidates[i] for i in chosen])):
+                scores[i] = float(score)
+    return scores
+
+
+def predict_kind(best_s, trials, candidates):
+    """Returns scores for candidates by trees that are trained on trials, all of them of one kind of design space."""
     from tvm.s_tir.meta_schedule.cost_model.xgb_model import XGBConfig, XGBModel
 
-    best_s = min((trial.seconds for trial in trials if trial.seconds), default=None)
-    if best_s is None or len(trials) < ROUND_SIZE or not candidates:
-        return [0.0] * len(candidates)
     model = XGBModel(config=XGBConfig(nthread=1), num_warmup_samples=0)
     labels = np.array([best_s / trial.seconds if trial.seconds else 0.0 for trial in trials], dtype="float32")
     # Below its public methods, which would extract the features of everything measured anew at each search.

@@ -4,7 +4,8 @@ A candidate is the number of one of its task's design spaces and the decisions o
 et al., arXiv:2205.13603) gives the design spaces, the rules that make a sampled schedule whole, and the features. Its
 sampler throws away 19 of 20 samples of a convolution for CUDA after 30 ms of work on each: DesignSpace.fits() is in its
 place. And its design spaces for CUDA lack what a network at batch 1 needs most, sums that are split between blocks of
-threads: rewrites.py adds them.
+threads: rewrites.py adds them. What no schedule of MetaSchedule's comes near to are templates (templates.py): they are
+design spaces too, with numbers from FIRST_TEMPLATE on.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import functools
 import math
 import typing
 
+import numpy as np
 import torch
 
 from tvm_items.decisions import (
@@ -24,6 +26,7 @@ from tvm_items.decisions import (
 )
 from tvm_items.rewrites import AS_IT_IS, UNSPLIT, find_rewrites, rewrite_product
 from tvm_items.target import MAX_BLOCK_SHARED_BYTES, MAX_BLOCK_THREADS, WARP_THREADS, load_target
+from tvm_items.templates import find_templates
 from tvm_items.tensor_cores import pad_rows_for_tensor_cores, rules_for_bf16
 
 MAX_VIRTUAL_THREADS = 8  # of a CUDA block, in MetaSchedule's rules
@@ -82,7 +85,8 @@ def bytes_of_operand(operand, extents):
 class DesignSpaces:
     """A task's design spaces, by number, and what of MetaSchedule makes candidates of them: rules, and features.
 
-    module_json: the task's IRModule before scheduling. target_json: find_target()'s.
+    As a sequence they are those of MetaSchedule; `numbers` has all. module_json: the task's IRModule before scheduling.
+    target_json: find_target()'s.
     """
 
     def __init__(self, module_json, target_json):
@@ -96,7 +100,8 @@ class DesignSpaces:
         if kind == "cuda" and "float16" in module_json:  # or bfloat16
             kind = "cuda-tensorcore"
         rules = dict.fromkeys(("sch_rules", "postprocs", "mutator_probs"), kind)
-        is_bf16 = kind == "cuda-tensorcore" and "bfloat16" in module_json
+        self.with_tensor_cores = kind == "cuda-tensorcore"
+        is_bf16 = self.with_tensor_cores and "bfloat16" in module_json
         if is_bf16:
             rules["sch_rules"] = rules_for_bf16()
         self._spaces = []
@@ -114,12 +119,14 @@ class DesignSpaces:
                     pad_rows_for_tensor_cores(schedule)
             self._spaces += [self._read_space(schedule.trace, split) for schedule in schedules]
         self.extractor = ms.feature_extractor.PerStoreFeature()
+        self.templates = {template.number: template for template in find_templates(self.module, self.target)}
+        self.numbers = [*range(len(self._spaces)), *self.templates]
 
     def __len__(self):
         return len(self._spaces)
 
     def __getitem__(self, number):
-        return self._spaces[number]
+        return self.templates.get(number) or self._spaces[number]
 
     def _read_space(self, trace, split):
         from tvm.s_tir import Schedule
@@ -138,22 +145,31 @@ class DesignSpaces:
             operands = find_operands(rewrite_product(Schedule(self.module), split), extents)
         return DesignSpace(split, trace, samplings, choices, count_stages(trace), operands, tensor_cores)
 
-    def realize(self, number, decisions, schedule=None, seed=1, verify=True):
-        """Returns (schedule with all rules applied, its decisions), or None where the target forbids it.
+    def realize(self, number, decisions):
+        """Returns (scheduled IRModule, decisions) of a candidate, or None where the target forbids it.
 
         number: of the design space; None too where there is none of that number. A decision that is None is drawn by
-        TVM, from `seed`. schedule: of the module before scheduling (default: a new one). verify: lower it to see what
-        the target says, which is half of the work.
+        TVM.
+        """
+        if number not in self.numbers:
+            return None
+        if number in self.templates:
+            return (self[number].realize(decisions), decisions) if self.fits_template(number, decisions) else None
+        applied = self._apply(number, decisions)
+        return applied and (applied[0].mod, applied[1])
+
+    def _apply(self, number, decisions, seed=1, verify=True):
+        """Returns (MetaSchedule's schedule with all rules applied, its decisions), or None where the target forbids it.
+
+        verify: lower it to see what the target says, which is half of the work. seed: for what TVM draws.
         """
         from tvm.s_tir import Schedule
         from tvm.s_tir.meta_schedule.postproc import VerifyGPUCode
         from tvm.s_tir.schedule import Trace
 
-        if number >= len(self):
-            return None
         space = self[number]
         given = {inst: decision for inst, decision in zip(space.samplings, decisions) if decision is not None}
-        schedule = schedule or Schedule(self.module, seed=seed, debug_mask=0, error_render_level="none")
+        schedule = Schedule(self.module, seed=seed, debug_mask=0, error_render_level="none")
         rewrite_product(schedule, space.split)
         try:
             Trace(space.trace.insts, given).apply_to_schedule(schedule, remove_postproc=True)
@@ -166,23 +182,48 @@ class DesignSpaces:
             return None
         return schedule, made
 
+    def fits_template(self, number, decisions):
+        """Returns whether decisions are a template's, each among its options, and the device can run what they make."""
+        choices = self[number].choices
+        return (
+            len(decisions) == len(choices)
+            and all(isinstance(decision, int) for decision in decisions)
+            and all(0 <= decision < count for decision, count in zip(decisions, choices))
+            and self[number].fits(decisions)
+        )
+
+    def sample(self, number, decisions, seed):
+        """Returns (decisions, features) of a candidate that fits, or None where the target forbids it.
+
+        seed: for decisions that are None, which TVM draws. features: what a cost model of the design space's kind sees,
+        as an fp32 array: of MetaSchedule's schedules (stores, features), of a template its decisions in one row.
+        """
+        from tvm.s_tir.meta_schedule import MeasureCandidate
+
+        if number in self.templates:
+            return decisions, np.array([decisions], "float32")
+        # In fp32 fits() lets hardly anything pass that TVM refuses. Of candidates for tensor cores it is one in ten.
+        verify = self.with_tensor_cores or not self[number].operands
+        applied = self._apply(number, decisions, seed, verify)
+        if applied is None:
+            return None
+        schedule, made = applied
+        (features,) = self.extractor.extract_from(self.context, [MeasureCandidate(schedule, [])])
+        return made, features.numpy().astype("float32")
+
     def adapt(self, number, decisions):
         """Returns the decisions of a candidate for another task as they fit this one, None where they do not.
 
         number: of the design space, in both tasks. adapt_decision() says what changes.
         """
-        if number >= len(self) or len(decisions) != len(self[number].choices):
+        if number not in self.numbers or len(decisions) != len(self[number].choices):
             return None
         space = self[number]
         adapted = [adapt_decision(choice, decision) for choice, decision in zip(space.choices, decisions)]
-        return adapted if None not in adapted and space.fits(adapted) else None
-
-    def features(self, schedule):
-        """Returns what the cost model sees of a schedule, as an fp32 array (stores, features)."""
-        from tvm.s_tir.meta_schedule import MeasureCandidate
-
-        (features,) = self.extractor.extract_from(self.context, [MeasureCandidate(schedule, [])])
-        return features.numpy().astype("float32")
+        if None in adapted:
+            return None
+        fits = self.fits_template(number, adapted) if number in self.templates else space.fits(adapted)
+        return adapted if fits else None
 
 
 cached_design_spaces = functools.lru_cache(maxsize=None)(DesignSpaces)  # a worker meets a task many times

@@ -1,6 +1,7 @@
 """Templates: hand-written kernels with parameters, which the tuner searches beside MetaSchedule's design spaces.
 
-A template has `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
+A template has a `number`, which records keep: FIRST_TEMPLATE or more, since MetaSchedule's design spaces count from 0,
+and no other's; `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
 options make a kernel that the device can run; and `realize(decisions)`, the IRModule of that kernel, whose "main" has
 the task's signature and is scheduled. It raises ValueError where there is none.
 """
@@ -9,6 +10,7 @@ from tvm_items.mma import MmaTemplate
 from tvm_items.product_task import find_product_task
 from tvm_items.target import compute_capability, max_shared_bytes
 
+FIRST_TEMPLATE = 100
 MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
 
 
