@@ -56,6 +56,13 @@ def test_a_norm_is_one_launch_with_what_is_around_it(tvm, dtype):
 
 
 @torch.no_grad()
+def test_a_layer_norm_in_bf16_is_one_launch(tvm):
+    exported = export_for_tvm(torch.nn.LayerNorm(32).eval().bfloat16(), {"input": torch.randn(2, 16, 32).bfloat16()})
+    module, _ = tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
+    assert len(re.findall(r"call_tir\((\w+),", module["main"].script())) == 1  # casts to fp32 and back are in it
+
+
+@torch.no_grad()
 def test_a_norm_with_what_is_around_it_can_be_one_kernel(tvm):
     exported = export_for_tvm(Norms().eval().half(), {"x": torch.randn(2, 16, 32).half()})
     target = tvm.target.Target(H200)

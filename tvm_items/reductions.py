@@ -3,6 +3,8 @@
 import collections
 import math
 
+from tvm_items.expressions import is_load
+
 
 def fuse_around_reductions():
     """Returns a pass over Relax modules that joins TIR functions of elementwise operators to the reduction beside them.
@@ -77,7 +79,18 @@ def find_group(module, main, calls, reduction):
     while len(users[last]) == 1 and may_join(users[last][0], size_of(last)):
         (last,) = users[last]
         group.add(last)
-    return [var for var in calls if var in group]
+    reshapes = {var for var in group if is_reshape(module[calls[var].args[0]])}
+    return without_reshapes_at_its_ends([var for var in calls if var in group], reshapes, calls)
+
+
+def without_reshapes_at_its_ends(group, reshapes, calls):
+    """Returns a group without what only reshapes what comes in or goes out: alone that launches nothing."""
+    while group[-1] in reshapes:
+        group = group[:-1]
+    for var in group:
+        if var in reshapes and not any(argument in group for argument in calls[var].args[1]):
+            return without_reshapes_at_its_ends([other for other in group if other is not var], reshapes, calls)
+    return group
 
 
 def size_of(var):
@@ -138,14 +151,19 @@ def reduced_axes(block):
 
 
 def reduces_a_row(block):
-    """Returns whether a block of a TIR function reads one buffer, with the axis that it reduces as the last index."""
-    written = {region.source for region in block.writes}
-    read = [region for region in block.reads if region.source not in written]
+    """Returns whether a block of a TIR function reduces one axis, the last index of all that is read along it.
+
+    What is read beside that is smaller: it has one element for a row.
+    """
     axes = reduced_axes(block)
-    if len(read) != 1 or len(axes) != 1:
+    if len(axes) != 1:
         return False
-    *others, last = [index.min for index in read[0].region]
-    return last.same_as(axes[0]) and not any(axes[0].same_as(other) for other in others)
+    largest = max(elements(region) for region in block.reads)
+    for region in block.reads:
+        *others, last = [index.min for index in region.region]
+        if any(axes[0].same_as(other) for other in others) or last.same_as(axes[0]) != (elements(region) == largest):
+            return False
+    return True
 
 
 def is_elementwise(function):
@@ -155,6 +173,11 @@ def is_elementwise(function):
     """
     blocks = blocks_of(function)
     return bool(blocks) and all(map(is_elementwise_block, blocks))
+
+
+def is_reshape(function):
+    """Returns whether an elementwise TIR function does nothing to the elements."""
+    return all(is_load(getattr(block.body, "value", None)) for block in blocks_of(function))
 
 
 def is_elementwise_block(block):
