@@ -181,7 +181,7 @@ def tvm_tuned(model, inputs, case):
     database = tuning.find_database(case)
     exported = export_for_tvm(model, inputs)
     target = load_target(find_target(case.device))
-    module, weights = tuned_module(exported, target)
+    module, weights = tuned_module(exported, target, PRECISIONS[case.precision].tf32)
     module, pipeline = apply_database(module, target, database), passes_after_scheduling(target)
     return compile_and_bind(module, weights, exported, inputs, target, case, pipeline, build_options(target))
 

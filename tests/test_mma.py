@@ -11,6 +11,7 @@ from products import make_batched_product, make_convolution
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
 from tvm_items.mma import PARAMETERS, Config
+from tvm_items.product_task import ALLOW_TF32
 from tvm_items.templates import find_templates
 
 
@@ -31,13 +32,13 @@ def decide(**options):
     return [values.index(chosen[name]) for name, values in zip(Config.__dataclass_fields__, PARAMETERS, strict=True)]
 
 
-def check(tvm, task, **options):
+def check(tvm, task, tolerance=None, **options):
     """Asserts that the kernel of these options gives what is expected, with asynchronous copies late and early."""
     module, arguments, expected = task
     target = tvm.target.Target(json.loads(H200))
     (template, *_) = find_templates(module, target)
     realized = template.realize(decide(**options))
-    tolerance = 1e-3 if expected.dtype == torch.float16 else 8e-3
+    tolerance = tolerance or {torch.float16: 1e-3, torch.bfloat16: 8e-3}[expected.dtype]
     for values in emulate(realized, target, arguments, tir_pipeline()):
         error = (values[-1].float() - expected.float()).norm() / expected.float().norm()
         assert error < tolerance and all(map(torch.equal, values[:-1], arguments[:-1]))
@@ -73,6 +74,21 @@ def test_products(tvm, shape, dtype, transposed, epilogue, options):
 )
 def test_convolutions(tvm, shape, dtype, geometry, options):
     check(tvm, make_convolution(shape, dtype, *geometry), **options)
+
+
+@pytest.mark.parametrize("shape, transposed", [((1, 70, 40, 104), False), ((2, 37, 33, 37), True)])
+def test_tf32_where_it_is_allowed(tvm, shape, transposed):
+    """Operands are rounded to the nearest, as PyTorch does, and not cut off."""
+    module, arguments, _ = make_batched_product(shape, "float32", transposed, epilogue=False)
+    function = module["main"].with_attr(ALLOW_TF32, True)
+    x, w = (round_to_tf32(tensor) for tensor in arguments[:2])
+    expected = x @ (w.mT if transposed else w)
+    check(tvm, (tvm.IRModule({"main": function}), arguments, expected), tolerance=1e-6, chunks=8)
+
+
+def round_to_tf32(tensor):
+    """Returns an fp32 tensor rounded to 10 bits behind the point, ties away from zero."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def test_what_fits_and_what_does_not(tvm):

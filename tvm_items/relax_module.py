@@ -2,17 +2,31 @@
 
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
+from tvm_items.product_task import ALLOW_TF32
 from tvm_items.reductions import fuse_around_reductions
 
 
-def tuned_module(exported, target):
+def tuned_module(exported, target, allow_tf32=False):
     """Returns (prepared Relax module, the model's weights as TVM tensors) of a decomposed ExportedProgram.
 
-    The module has a function for each task, not yet scheduled: prepare() says more. The program is changed.
+    The module has a function for each task, not yet scheduled: prepare() says more. The program is changed. allow_tf32:
+    whether products in fp32 may be computed on tensor cores, with operands rounded to TF32.
     """
     simplify(exported)
     module, weights = import_to_relax(exported)
-    return prepare(module, target), weights
+    module = prepare(module, target)
+    return (mark_tf32(module) if allow_tf32 else module), weights
+
+
+def mark_tf32(module):
+    """Returns a module whose TIR functions say that TF32 may be used: see find_templates() in templates.py."""
+    import tvm
+
+    functions = {
+        name: function.with_attr(ALLOW_TF32, True) if isinstance(function, tvm.tirx.PrimFunc) else function
+        for name, function in module.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=module.attrs)
 
 
 def prepare(module, target):

@@ -7,7 +7,7 @@ the task's signature and is scheduled. It raises ValueError where there is none.
 """
 
 from tvm_items.mma import MmaTemplate
-from tvm_items.product_task import find_product_task
+from tvm_items.product_task import ALLOW_TF32, find_product_task
 from tvm_items.target import compute_capability, max_shared_bytes
 
 FIRST_TEMPLATE = 100
@@ -19,6 +19,6 @@ def find_templates(module, target):
     if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
         return []
     task = find_product_task(module)
-    if task is None or task.dtype == "float32":
+    if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return []
     return [MmaTemplate(task, max_shared_bytes(target))]

@@ -12,8 +12,10 @@ CHUNK_BYTES = 16  # the most that one asynchronous copy takes, and a row of what
 class Tile:
     """What a block of threads stages of an operand for one step: `outputs` rows or columns, and `terms`.
 
-    What lies behind one another in memory makes a line of the tile. Chunks of 16 bytes change places within a line, so
-    that the threads of a warp, which read the same chunk of neighbouring lines, find them in different banks.
+    What lies behind one another in memory makes a line of the tile; one of more than 128 bytes, which is all banks, is
+    cut, and the tile has panels of so many. Chunks of 16 bytes change places within a line, so that the threads of a
+    warp, which read the same chunk of neighbouring lines, find them in different banks. Lines of 128 bytes lie as TMA
+    and wgmma have them with their swizzle of 128 bytes.
     """
 
     operand: Operand
@@ -45,14 +47,13 @@ class Tile:
 
     def place(self, line, chunk):
         """Returns where in the tile, in elements, a chunk of a line lies; line, chunk: expressions."""
-        chunks = self.line // self.chunk
+        chunks = min(self.line // self.chunk, 8)
+        panel, chunk = chunk // chunks, chunk % chunks
         if self.dtype == "float32" and not self.operand.along_terms:
-            moved = chunk ^ (line % 4 * 2)  # four lines of eight elements are read at once: fragments in mma.py
-        elif chunks >= 8:
-            moved = chunk ^ (line % 8)
-        else:  # several lines have 128 bytes, which is all banks
+            moved = chunk ^ (line % 4 * 2 % chunks)  # four lines of eight elements are read at once
+        else:  # several lines may have 128 bytes
             moved = chunk ^ (line // (8 // chunks) % chunks)
-        return line * self.line + moved * self.chunk
+        return (panel * self.lines + line) * chunks * self.chunk + moved * self.chunk
 
 
 def copy_tile(tile, buffers, shared, start, thread, threads, batch, first_output, first_term):

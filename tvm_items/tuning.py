@@ -132,7 +132,7 @@ def make_tasks(case, target_json):
         model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
         exported = export_for_tvm(model, inputs)
     target = load_target(target_json)
-    module, _ = tuned_module(exported, target)
+    module, _ = tuned_module(exported, target, PRECISIONS[case.precision].tf32)
     return extract_tasks(module, target)
 
 
