@@ -385,10 +385,11 @@ inline void cp_async_bulk(uint32_t to, uint64_t from, int bytes, uint32_t mbarri
 
 struct TensorMap {  // what stands for a CUtensorMap; sizes of dimensions, the innermost first
   uint8_t* data;
-  int element_bytes, rank, swizzle_bytes;
+  int element_bytes, rank, swizzle_bytes, unused;
   int64_t sizes[5], strides[5];  // strides in bytes
   int box[5];
 };
+static_assert(sizeof(TensorMap) <= 128);
 
 inline void cp_async_tensor(uint32_t to, uint64_t map_address, std::vector<int> start, uint32_t mbarrier_address) {
   TensorMap map = *(const TensorMap*)map_address;

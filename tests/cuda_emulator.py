@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -40,10 +41,17 @@ def run(source, launches, buffers, arguments):
     results = []
     for is_late in (True, False):
         values = [tensor.clone() for tensor in arguments]
+        held = []  # what pointers point to
         memories = [guarded(tensor) for tensor in values] + [np.full(size, 0xFF, np.uint8) for size in buffers]
         starts = [GUARD_BYTES] * len(values) + [0] * len(buffers)
         for launch in launches:
-            pointers = [memories[i].ctypes.data + starts[i] if kind == "buffer" else i for kind, i in launch.arguments]
+            pointers = []
+            for kind, value in launch.arguments:
+                if kind == "map":
+                    held.append(value.encode(memories[value.buffer].ctypes.data + starts[value.buffer]))
+                    pointers.append(ctypes.addressof(held[-1]))
+                else:
+                    pointers.append(memories[value].ctypes.data + starts[value] if kind == "buffer" else value)
             message = getattr(library, f"launch_{launch.kernel}")(
                 (ctypes.c_void_p * len(pointers))(*pointers),
                 (ctypes.c_int * 3)(*launch.grid),
@@ -79,9 +87,30 @@ class Launch:
     """One launch of a kernel by the host's code."""
 
     kernel: str
-    arguments: list  # ("buffer", number) of an argument of main or, after those, of its own buffers; ("value", int)
+    # ("buffer", number) of an argument of main or, after those, of its own buffers; ("map", TensorMap); ("value", int)
+    arguments: list
     grid: list
     block: list
+
+
+@dataclasses.dataclass
+class TensorMap:
+    """What the host encodes as a CUtensorMap for copies of tiles (TMA), the innermost dimension first."""
+
+    buffer: int  # number, as in a Launch
+    element_bytes: int
+    sizes: list
+    strides_bytes: list  # of all dimensions but the innermost
+    box: list
+    swizzle_bytes: int
+
+    def encode(self, address):
+        """Returns the emulator's TensorMap, in 128 bytes, for a buffer at an address."""
+        rank = len(self.sizes)
+        pad = [0] * (5 - rank)
+        strides = [self.element_bytes, *self.strides_bytes]
+        fields = (address, self.element_bytes, rank, self.swizzle_bytes, 0, *self.sizes, *pad, *strides, *pad)
+        return (ctypes.c_char * 128)(*struct.pack("<Qiiii10q5i", *fields, *self.box, *pad).ljust(128, b"\0"))
 
 
 def generate(module, target, pipeline=None):
@@ -114,6 +143,9 @@ def read_host(main):
         if kind == "SeqStmt":
             for child in statement.seq:
                 visit(child)
+        elif kind == "Evaluate" and "tensormap_encode_tiled" in str(getattr(statement.value, "op", "")):
+            variable, *_ = statement.value.args
+            numbers[variable] = read_tensor_map(statement.value, numbers)
         elif kind == "DeclBuffer":
             numbers[statement.buffer] = numbers[statement.data.args[0]]
         elif kind == "AllocBuffer":
@@ -138,11 +170,30 @@ def read_launch(call, numbers):
     return Launch(
         kernel=str(getattr(name, "value", name)),
         arguments=[
-            ("buffer", numbers[operand.args[0]]) if hasattr(operand, "args") else ("value", int(operand))
+            ("buffer", numbers[operand.args[0]])
+            if hasattr(operand, "args")
+            else ("map", numbers[operand])
+            if operand in numbers
+            else ("value", int(operand))
             for operand in operands
         ],
         grid=[sizes.get(f"blockIdx.{axis}", 1) for axis in "xyz"],
         block=[sizes.get(f"threadIdx.{axis}", 1) for axis in "xyz"],
+    )
+
+
+def read_tensor_map(call, numbers):
+    """Returns the TensorMap that a host's call of tensormap_encode_tiled() makes."""
+    _, data, *rest = call.args
+    rank = int(call.attrs["rank"])
+    rest = list(map(int, rest))
+    return TensorMap(
+        buffer=numbers[data.args[0]],
+        element_bytes=getattr(torch, str(call.attrs["descriptor_dtype"])).itemsize,
+        sizes=rest[:rank],
+        strides_bytes=rest[rank : 2 * rank - 1],
+        box=rest[2 * rank - 1 : 3 * rank - 1],
+        swizzle_bytes={0: 0, 1: 32, 2: 64, 3: 128}[int(call.attrs["swizzle"])],
     )
 
 

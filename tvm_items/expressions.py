@@ -1,5 +1,7 @@
 """TIR expressions, rewritten for a kernel: other variables and buffers, and indices in 32 bits."""
 
+import itertools
+
 
 def rewrite(expression, replace):
     """Returns a TIR expression with its parts replaced, and 64-bit integer constants as 32-bit ones.
@@ -107,6 +109,29 @@ def flat_offset(indices, shape):
     for index, size in zip(indices[1:], shape[1:]):
         offset = offset * int(size) + index
     return offset
+
+
+def linear_strides(operand):
+    """Returns the strides, in elements, of an operand along its axes: batch, rows or columns, terms.
+
+    operand: a product_task.Operand. None where it has none, or begins behind the beginning of its buffer.
+    """
+    from tvm.sym import detect_linear_equation
+
+    variables = [variable for axis in operand.axes for variable in axis.variables]
+    offset = flat_offset(operand.load.indices, operand.load.source.shape)
+    coefficients = detect_linear_equation(offset, variables)
+    if len(coefficients) != len(variables) + 1 or not all(hasattr(c, "value") for c in coefficients):
+        return None
+    *coefficients, base = (int(coefficient.value) for coefficient in coefficients)
+    strides, first = [], 0
+    for axis in operand.axes:
+        steps = [(stride, extent) for stride, extent in zip(coefficients[first:], axis.extents) if extent > 1]
+        first += len(axis.extents)
+        if any(outer != inner * extent for (outer, _), (inner, extent) in itertools.pairwise(steps)):
+            return None
+        strides.append(steps[-1][0] if steps else 0)
+    return None if base else strides
 
 
 def contiguous_run(indices, shape, variable, extent, condition=None, limit=8):

@@ -7,16 +7,14 @@ The structure is that of CUTLASS's multistage kernels (https://github.com/NVIDIA
 
 import dataclasses
 
-from tvm_items.epilogue import output_vector, store_outputs
 from tvm_items.expressions import zero
+from tvm_items.output_tile import OutputTile, staging_bytes
+from tvm_items.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
 from tvm_items.product_task import ProductTask
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.tiles import Tile, copy_tile
 
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
-MIN_STEPS_OF_A_PART = 2  # of a sum that is split
-STAGING_PAD = 8  # elements behind each row of sums in shared memory, against bank conflicts
-REDUCTION_THREADS = 128
 
 # The options of each parameter.
 ROWS, COLUMNS = (16, 32, 64, 128, 256), (32, 64, 128, 256)  # of a block's tile
@@ -86,7 +84,7 @@ class MmaTemplate:
         if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
             return False
         steps = self.steps(config)
-        if config.parts > 1 and (config.staged or steps // config.parts < MIN_STEPS_OF_A_PART):
+        if not parts_fit(steps, config.parts) or (config.staged and config.parts > 1):
             return False
         if config.stages > max(2, steps // config.parts + 1):
             return False
@@ -107,51 +105,22 @@ class MmaTemplate:
 
     def shared_bytes(self, config):
         """Returns the bytes of shared memory that a block needs."""
-        staged = config.rows * (config.columns + STAGING_PAD) * 4 if config.staged else 0
+        staged = staging_bytes(config.rows, config.columns) if config.staged else 0
         return max(staged, config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config)))
 
     def realize(self, decisions):
         """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
         if not self.fits(decisions):
             raise ValueError("these decisions do not fit the device or the task")
-        return make_module(self, self.config(decisions))
-
-
-def is_oversized(tile, extent, options):
-    """Returns whether a smaller tile of the options would hold the extent as well."""
-    return any(extent <= option < tile for option in options)
-
-
-def make_module(template, config):
-    """Returns an IRModule whose "main" launches the kernel of a Config and, where sums are split, their addition."""
-    import tvm
-    from tvm.script.ir_builder import IRBuilder
-    from tvm.tirx.script.builder import ir as build
-
-    task = template.task
-    with IRBuilder() as builder, build.prim_func():
-        build.func_name("main")
-        build.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": "main"})
-        buffers = {}
-        for number, parameter in enumerate(task.parameters):
-            shape = [int(size) for size in parameter.shape]
-            buffers[parameter] = build.arg(f"argument{number}", build.buffer(shape, str(parameter.dtype)))
-        partial = None
-        outputs = task.batch.extent * task.rows.extent * task.columns.extent
-        if config.parts > 1:
-            partial = build.alloc_buffer((config.parts * outputs,), "float32", scope="global")
-        Kernel(template, config, buffers, partial).emit()
-        if config.parts > 1:
-            emit_reduction(task, config.parts, buffers, partial)
-    return tvm.IRModule({"main": builder.get()})
+        config = self.config(decisions)
+        return make_module(self.task, config.parts, Kernel(self, config).emit)
 
 
 class Kernel:
     """The kernel of one Config, while it is emitted."""
 
-    def __init__(self, template, config, buffers, partial):
-        """buffers: {parameter: buffer}. partial: a buffer for parts of sums, (part, batch, row, column), or None."""
-        self.task, self.config, self.buffers, self.partial = template.task, config, buffers, partial
+    def __init__(self, template, config):
+        self.task, self.config = template.task, config
         self.left, self.right = template.tiles(config)
         self.steps = template.steps(config)
         self.shared_elements = template.shared_bytes(config) // self.left.element_bytes
@@ -162,29 +131,27 @@ class Kernel:
         self.instructions = config.chunks // 2
         self.is_tf32 = self.task.dtype == "float32"
 
-    def emit(self):
-        """Emits the launch."""
+    def emit(self, buffers, partial):
+        """Emits the launch; buffers, partial: make_module()'s."""
         from tvm import tirx
+        from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        config, task = self.config, self.task
+        config, task, self.buffers = self.config, self.task, buffers
         with (
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
             build.launch_thread("threadIdx.x", config.threads) as thread,
         ):
-            self.batch, self.part, self.thread = batch, part, thread
-            row_tile, column_tile = self.locate(tile_number)
+            self.batch, self.thread = batch, thread
+            row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
             self.first_row = build.Bind(row_tile * config.rows)
             self.first_column = build.Bind(column_tile * config.columns)
             self.lane, warp = build.Bind(thread % WARP_THREADS), build.Bind(thread // WARP_THREADS)
             self.warp_row = build.Bind(warp % config.warps_along_rows * config.warp_rows)
             self.warp_column = build.Bind(warp // config.warps_along_rows * config.warp_columns)
-            per_part = -(-self.steps // config.parts)
-            self.first_step = part * per_part
-            left_over = self.steps - per_part * (config.parts - 1)
-            count = per_part if left_over == per_part else tirx.Select(part < config.parts - 1, per_part, left_over)
+            self.first_step, count = steps_of_part(self.steps, config.parts, part)
             self.shared = build.alloc_buffer((self.shared_elements,), task.dtype, scope="shared.dyn", align=1024)
             self.sums = build.alloc_buffer((self.row_blocks * self.column_blocks * 4,), "float32", scope="local")
             # Two of each, one of which is multiplied while the other is loaded.
@@ -193,23 +160,25 @@ class Kernel:
             with build.unroll(self.row_blocks * self.column_blocks * 4) as i:
                 build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
             self.emit_steps(count)
-            if self.partial is not None:
-                self.store_parts()
+            tile = OutputTile(
+                task,
+                self.buffers,
+                config.rows,
+                config.columns,
+                batch,
+                self.first_row,
+                self.first_column,
+                self.emit_pairs,
+            )
+            if partial is not None:
+                tile.store_parts(partial, part)
             elif config.staged:
-                self.store_through_shared_memory()
+                build.evaluate(T.ptx["cp.async.wait_group"](0))
+                tile.store_through_shared_memory(
+                    self.shared, thread, config.threads, lambda: build.evaluate(T.cuda.cta_sync())
+                )
             else:
-                self.store_from_registers()
-
-    def locate(self, tile_number):
-        """Returns (row of tiles, column of tiles) of a block: down the rows of a group, then to the next column."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as build
-
-        group = min(self.config.group, self.row_tiles)
-        first = build.Bind(tile_number // (group * self.column_tiles) * group)
-        within = build.Bind(tile_number % (group * self.column_tiles))
-        rows = group if self.row_tiles % group == 0 else build.Bind(tirx.Min(self.row_tiles - first, group))
-        return first + within % rows, within // rows
+                tile.store_from_registers()
 
     def emit_steps(self, count):
         """Emits the loop over steps; count: how many, an int or an expression."""
@@ -323,8 +292,6 @@ class Kernel:
             right = [self.right_fragments[(half * self.column_blocks + j) * 2 + r] for r in range(2)]
             build.evaluate(instruction(*sums, *left, *right, *sums))
 
-    # ---- What becomes of the sums
-
     def emit_pairs(self, emit):
         """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
         from tvm.tirx.script.builder import ir as build
@@ -334,113 +301,3 @@ class Kernel:
             column = self.warp_column + j * 8 + self.lane % 4 * 2
             first = (i * self.column_blocks + j) * 4 + h * 2
             emit(row, column, [self.sums[first + e] for e in range(2)])
-
-    def emit_inside(self, row, column, emit):
-        """Emits what emit() does where a row and a column are inside the output."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as build
-
-        conditions = []
-        if self.task.rows.extent % self.config.rows:
-            conditions.append(row < self.task.rows.extent)
-        if self.task.columns.extent % self.config.columns:
-            conditions.append(column < self.task.columns.extent)
-        if conditions:
-            with build.If(tirx.And(*conditions) if len(conditions) == 2 else conditions[0]), build.Then():
-                emit()
-        else:
-            emit()
-
-    def emit_outputs(self, width, row, column, sums, store):
-        """Emits store(row, column, sums) for vectors of `width` of the sums, where they are inside the output.
-
-        row, column: in the block's tile.
-        """
-        for e in range(0, len(sums), width):
-            place = self.first_row + row, self.first_column + column + e
-            self.emit_inside(*place, lambda place=place, e=e: store(*place, sums[e : e + width]))
-
-    def store_from_registers(self):
-        """Emits the epilogue of each pair of sums that a thread has."""
-        width = min(2, output_vector(self.task))
-
-        def store(row, column, sums):
-            store_outputs(self.task, self.buffers, self.batch, row, column, sums)
-
-        self.emit_pairs(lambda *pair: self.emit_outputs(width, *pair, store))
-
-    def store_parts(self):
-        """Emits the writing of all sums as parts, for emit_reduction()."""
-        from tvm.tirx.script.builder import ir as build
-
-        task = self.task
-
-        def store(row, column, sums):
-            place = (
-                (self.part * task.batch.extent + self.batch) * task.rows.extent + row
-            ) * task.columns.extent + column
-            for e, value in enumerate(sums):
-                build.buffer_store(self.partial, value, [place + e])
-
-        self.emit_pairs(lambda *pair: self.emit_outputs(1 if task.columns.extent % 2 else 2, *pair, store))
-
-    def store_through_shared_memory(self):
-        """Emits the epilogue of as many columns at once as a thread can write as one."""
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        config = self.config
-        line, width = config.columns + STAGING_PAD, output_vector(self.task)
-        build.evaluate(T.ptx["cp.async.wait_group"](0))
-        build.evaluate(T.cuda.cta_sync())
-        staged = build.decl_buffer(
-            (self.shared_elements * self.left.element_bytes // 4,), "float32", data=self.shared.data, scope="shared.dyn"
-        )
-
-        def stage(row, column, sums):
-            for e, value in enumerate(sums):
-                build.buffer_store(staged, value, [row * line + column + e])
-
-        self.emit_pairs(stage)
-        build.evaluate(T.cuda.cta_sync())
-        vectors = config.columns // width
-
-        def store(row, column, sums):
-            store_outputs(self.task, self.buffers, self.batch, row, column, sums)
-
-        with build.serial(-(-config.rows * vectors // config.threads), unroll=4) as i:
-            number = i * config.threads + self.thread
-            row, column = number // vectors, number % vectors * width
-            sums = build.alloc_buffer((width,), "float32", scope="local")
-            for first in range(0, width, 4):
-                with build.vectorized(min(4, width)) as j:
-                    build.buffer_store(sums, staged[row * line + column + first + j], [first + j])
-            self.emit_outputs(width, row, column, [sums[e] for e in range(width)], store)
-
-
-def emit_reduction(task, parts, buffers, partial):
-    """Emits a launch that adds up the parts of all sums, always in one order, and does what follows the product."""
-    from tvm import tirx
-    from tvm.tirx.script.builder import ir as build
-
-    width = min(4, output_vector(task))
-    rows, columns = task.rows.extent, task.columns.extent
-    outputs = task.batch.extent * rows * columns
-    with (
-        build.launch_thread("blockIdx.x", -(-outputs // width // REDUCTION_THREADS)) as block,
-        build.launch_thread("threadIdx.x", REDUCTION_THREADS) as thread,
-    ):
-        first = build.Bind((block * REDUCTION_THREADS + thread) * width)
-        with build.If(first < outputs), build.Then():
-            sums = build.alloc_buffer((width,), "float32", scope="local")
-            loaded = build.alloc_buffer((parts * width,), "float32", scope="local")
-            for part in range(parts):
-                with build.vectorized(width) as j:
-                    build.buffer_store(loaded, partial[part * outputs + first + j], [part * width + j])
-            for j in range(width):
-                total = tirx.const(0, "float32")
-                for part in range(parts):
-                    total = total + loaded[part * width + j]
-                build.buffer_store(sums, total, [j])
-            batch, row, column = first // (rows * columns), first // columns % rows, first % columns
-            store_outputs(task, buffers, batch, row, column, [sums[j] for j in range(width)])

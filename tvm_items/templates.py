@@ -9,9 +9,11 @@ the task's signature and is scheduled. It raises ValueError where there is none.
 from tvm_items.mma import MmaTemplate
 from tvm_items.product_task import ALLOW_TF32, find_product_task
 from tvm_items.target import compute_capability, max_shared_bytes
+from tvm_items.wgmma import WgmmaTemplate
 
 FIRST_TEMPLATE = 100
 MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
+HOPPER = "90"  # no other compute capability has wgmma
 
 
 def find_templates(module, target):
@@ -21,4 +23,7 @@ def find_templates(module, target):
     task = find_product_task(module)
     if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return []
-    return [MmaTemplate(task, max_shared_bytes(target))]
+    templates = [MmaTemplate(task, max_shared_bytes(target))]
+    if compute_capability(target) == HOPPER and task.dtype != "float32":
+        templates.append(WgmmaTemplate(task, max_shared_bytes(target)))
+    return templates

@@ -1,0 +1,140 @@
+"""What becomes of the sums that a block of threads has of a tile of the output: outputs, or parts to be added up."""
+
+import dataclasses
+
+from tvm_items.epilogue import output_vector, store_outputs
+from tvm_items.product_task import ProductTask
+
+STAGING_PAD = 8  # elements behind each row of sums in shared memory, against bank conflicts
+REDUCTION_THREADS = 128
+
+
+@dataclasses.dataclass
+class OutputTile:
+    """A tile of the output, in a kernel that is emitted."""
+
+    task: ProductTask
+    buffers: dict  # {parameter: buffer}
+    rows: int
+    columns: int
+    batch: object  # expressions: where the tile lies
+    first_row: object
+    first_column: object
+    # A function that emits emit(row, column, sums) for each pair of sums of a thread, side by side in the tile.
+    emit_pairs: object
+
+    def store_from_registers(self):
+        """Emits the epilogue of each pair of sums that a thread has."""
+        width = min(2, output_vector(self.task))
+        self.emit_pairs(lambda *pair: self.emit_outputs(width, *pair, self.store))
+
+    def store_parts(self, partial, part):
+        """Emits the writing of all sums into `partial`, as part number `part` of them: see emit_reduction()."""
+        from tvm.tirx.script.builder import ir as build
+
+        task = self.task
+
+        def store(row, column, sums):
+            matrix = part * task.batch.extent + self.batch
+            place = (matrix * task.rows.extent + row) * task.columns.extent + column
+            for e, value in enumerate(sums):
+                build.buffer_store(partial, value, [place + e])
+
+        self.emit_pairs(lambda *pair: self.emit_outputs(1 if task.columns.extent % 2 else 2, *pair, store))
+
+    def store_through_shared_memory(self, shared, thread, threads, synchronize):
+        """Emits the epilogue of as many columns at once as a thread can write as one.
+
+        shared: the buffer of shared memory, in which nothing is needed any more once synchronize() has been emitted: a
+        barrier of those `threads`, an int, that take part. thread: the number of a thread, an expression.
+        """
+        from tvm.tirx.script.builder import ir as build
+
+        line, width = self.columns + STAGING_PAD, output_vector(self.task)
+        synchronize()
+        staged = build.decl_buffer((self.rows * line,), "float32", data=shared.data, scope="shared.dyn")
+
+        def stage(row, column, sums):
+            for e, value in enumerate(sums):
+                build.buffer_store(staged, value, [row * line + column + e])
+
+        self.emit_pairs(stage)
+        synchronize()
+        vectors = self.columns // width
+        with build.serial(-(-self.rows * vectors // threads), unroll=4) as i:
+            number = i * threads + thread
+            row, column = number // vectors, number % vectors * width
+
+            def copy():
+                sums = build.alloc_buffer((width,), "float32", scope="local")
+                for first in range(0, width, 4):
+                    with build.vectorized(min(4, width)) as j:
+                        build.buffer_store(sums, staged[row * line + column + first + j], [first + j])
+                self.emit_outputs(width, row, column, [sums[e] for e in range(width)], self.store)
+
+            if self.rows * vectors % threads:
+                with build.If(row < self.rows), build.Then():
+                    copy()
+            else:
+                copy()
+
+    def store(self, row, column, sums):
+        store_outputs(self.task, self.buffers, self.batch, row, column, sums)
+
+    def emit_outputs(self, width, row, column, sums, store):
+        """Emits store(row, column, sums) for vectors of `width` of the sums, where they are inside the output.
+
+        row, column: in the tile; store() gets them in the output.
+        """
+        for e in range(0, len(sums), width):
+            place = self.first_row + row, self.first_column + column + e
+            self.emit_inside(*place, lambda place=place, e=e: store(*place, sums[e : e + width]))
+
+    def emit_inside(self, row, column, emit):
+        """Emits what emit() does where a row and a column are inside the output."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        conditions = []
+        if self.task.rows.extent % self.rows:
+            conditions.append(row < self.task.rows.extent)
+        if self.task.columns.extent % self.columns:
+            conditions.append(column < self.task.columns.extent)
+        if conditions:
+            with build.If(tirx.And(*conditions) if len(conditions) == 2 else conditions[0]), build.Then():
+                emit()
+        else:
+            emit()
+
+
+def staging_bytes(rows, columns):
+    """Returns the bytes of shared memory that store_through_shared_memory() takes."""
+    return rows * (columns + STAGING_PAD) * 4
+
+
+def emit_reduction(task, parts, buffers, partial):
+    """Emits a launch that adds up the parts of all sums, always in one order, and does what follows the product."""
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as build
+
+    width = min(4, output_vector(task))
+    rows, columns = task.rows.extent, task.columns.extent
+    outputs = task.batch.extent * rows * columns
+    with (
+        build.launch_thread("blockIdx.x", -(-outputs // width // REDUCTION_THREADS)) as block,
+        build.launch_thread("threadIdx.x", REDUCTION_THREADS) as thread,
+    ):
+        first = build.Bind((block * REDUCTION_THREADS + thread) * width)
+        with build.If(first < outputs), build.Then():
+            sums = build.alloc_buffer((width,), "float32", scope="local")
+            loaded = build.alloc_buffer((parts * width,), "float32", scope="local")
+            for part in range(parts):
+                with build.vectorized(width) as j:
+                    build.buffer_store(loaded, partial[part * outputs + first + j], [part * width + j])
+            for j in range(width):
+                total = tirx.const(0, "float32")
+                for part in range(parts):
+                    total = total + loaded[part * width + j]
+                build.buffer_store(sums, total, [j])
+            batch, row, column = first // (rows * columns), first // columns % rows, first % columns
+            store_outputs(task, buffers, batch, row, column, [sums[j] for j in range(width)])

@@ -1,0 +1,416 @@
+"""A template for products on Hopper's tensor cores: wgmma, whose operands come from shared memory.
+
+Warpgroups that multiply and threads that copy are different ones, and tell one another by mbarriers which stage of the
+shared memory is full and which is empty. Copies are TMA's, by one thread, where an operand is a plain matrix; else all
+threads of a warpgroup compute addresses for cp.async, as a convolution's window asks for. The structure is that of
+CUTLASS's warp-specialized kernels (https://github.com/NVIDIA/cutlass, sm90_mma_tma_gmma_ss_warpspecialized.hpp).
+"""
+
+import dataclasses
+
+from tvm_items.expressions import linear_strides
+from tvm_items.output_tile import OutputTile, staging_bytes
+from tvm_items.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
+from tvm_items.product_task import ProductTask
+from tvm_items.target import WARP_THREADS
+from tvm_items.tiles import Tile, copy_tile
+
+WARPGROUP_THREADS = 128
+TERMS = 64  # of a step: in 16 bits a line of 128 bytes, which TMA and wgmma swizzle
+INSTRUCTION_ROWS, INSTRUCTION_TERMS = 64, 16
+MAX_SUMS_OF_A_THREAD = 128
+MBARRIER_BYTES = 8
+LINE_BYTES = 128
+CONSUMERS_BARRIER = 1  # the number of a barrier of the threads that multiply; 0 is that of the whole block
+
+# The options of each parameter.
+ROWS, COLUMNS = (64, 128, 192, 256), (64, 128, 192, 256)  # of a block's tile
+CONSUMERS = (1, 2)  # warpgroups that multiply
+STAGES = (2, 3, 4, 5, 6, 8)
+GROUPS = (1, 4, 8, 16)  # as in mma.py
+PARTS = (1, 2, 3, 4, 6, 8)
+STAGED = (False, True)
+TMA = (True, False)  # else cp.async
+PARAMETERS = (ROWS, COLUMNS, CONSUMERS, STAGES, GROUPS, PARTS, STAGED, TMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One choice of all parameters."""
+
+    rows: int
+    columns: int
+    consumers: int
+    stages: int
+    group: int
+    parts: int
+    staged: bool
+    tma: bool
+
+    @property
+    def row_blocks(self):
+        """How many instructions a warpgroup's rows take."""
+        return self.rows // self.consumers // INSTRUCTION_ROWS
+
+    @property
+    def sums(self):
+        """How many sums a thread has."""
+        return self.row_blocks * self.columns // 2
+
+    @property
+    def consumer_threads(self):
+        return self.consumers * WARPGROUP_THREADS
+
+    @property
+    def producer_threads(self):
+        return WARP_THREADS if self.tma else WARPGROUP_THREADS
+
+
+@dataclasses.dataclass
+class WgmmaTemplate:
+    """The kernels of a task that differ in their parameters; templates.py says what a template is."""
+
+    task: ProductTask  # in fp16 or bf16
+    max_shared_bytes: int  # of a block
+
+    @property
+    def choices(self):
+        """The number of options of each parameter."""
+        return [len(options) for options in PARAMETERS]
+
+    def config(self, decisions):
+        """Returns the Config of decisions, which are indices of options."""
+        return Config(*(options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)))
+
+    def fits(self, decisions):
+        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
+        config = self.config(decisions)
+        if config.rows % (INSTRUCTION_ROWS * config.consumers) or config.sums > MAX_SUMS_OF_A_THREAD:
+            return False
+        if is_oversized(config.rows, self.task.rows.extent, ROWS):
+            return False
+        if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
+            return False
+        if not parts_fit(self.steps, config.parts) or (config.staged and config.parts > 1):
+            return False
+        if config.stages > max(2, self.steps // config.parts + 1):
+            return False
+        if config.tma and not all(map(is_matrix, (self.task.left, self.task.right))):
+            return False
+        return self.shared_bytes(config) <= self.max_shared_bytes
+
+    def tiles(self, config):
+        """Returns the Tiles of both operands."""
+        return (
+            Tile(self.task.left, self.task.dtype, config.rows, TERMS),
+            Tile(self.task.right, self.task.dtype, config.columns, TERMS),
+        )
+
+    @property
+    def steps(self):
+        """The number of steps in which a block would go through all terms."""
+        return -(-self.task.terms.extent // TERMS)
+
+    def data_bytes(self, config):
+        """Returns the bytes of shared memory for the stages, or what takes their place."""
+        stages = config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config))
+        return max(stages, staging_bytes(config.rows, config.columns) if config.staged else 0)
+
+    def shared_bytes(self, config):
+        """Returns the bytes of shared memory that a block needs."""
+        return self.data_bytes(config) + 2 * config.stages * MBARRIER_BYTES
+
+    def realize(self, decisions):
+        """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
+        if not self.fits(decisions):
+            raise ValueError("these decisions do not fit the device or the task")
+        config = self.config(decisions)
+        return make_module(self.task, config.parts, Kernel(self, config).emit)
+
+
+def is_matrix(operand):
+    """Returns whether TMA can copy an operand: plain matrices with rows at multiples of 16 bytes."""
+    if operand.condition is not None or operand.vector != 8:
+        return False
+    return linear_strides(operand) is not None
+
+
+class Kernel:
+    """The kernel of one Config, while it is emitted."""
+
+    def __init__(self, template, config):
+        self.task, self.config, self.steps = template.task, config, template.steps
+        self.left, self.right = template.tiles(config)
+        self.data_elements = template.data_bytes(config) // 2
+        self.stage_elements = self.left.elements + self.right.elements
+        self.row_tiles = -(-self.task.rows.extent // config.rows)
+        self.column_tiles = -(-self.task.columns.extent // config.columns)
+
+    def emit(self, buffers, partial):
+        """Emits the launch; buffers, partial: make_module()'s."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        config, task, self.buffers = self.config, self.task, buffers
+        maps = [self.encode_map(tile, name) for tile, name in ((self.left, "left_map"), (self.right, "right_map"))]
+        with (
+            build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
+            build.launch_thread("blockIdx.y", task.batch.extent) as self.batch,
+            build.launch_thread("blockIdx.z", config.parts) as part,
+            build.launch_thread("threadIdx.x", config.consumer_threads + config.producer_threads) as thread,
+        ):
+            row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
+            self.first_row = build.Bind(row_tile * config.rows)
+            self.first_column = build.Bind(column_tile * config.columns)
+            self.first_step, count = steps_of_part(self.steps, config.parts, part)
+            barrier_elements = 2 * config.stages * MBARRIER_BYTES // 2
+            self.shared = build.alloc_buffer(
+                (self.data_elements + barrier_elements,), task.dtype, scope="shared.dyn", align=1024
+            )
+            with build.If(thread == 0), build.Then():
+                for stage in range(config.stages):
+                    self.init(self.full(stage), 1 if config.tma else config.producer_threads)
+                    self.init(self.empty(stage), config.consumer_threads // WARP_THREADS)
+                build.evaluate(T.ptx["fence.proxy.async"]())
+            build.evaluate(T.cuda.cta_sync())
+            with build.If(thread < config.consumer_threads):
+                with build.Then():
+                    self.emit_consumer(thread, count, partial, part)
+                with build.Else():
+                    if config.tma:
+                        with build.If(thread == config.consumer_threads), build.Then():
+                            self.emit_tma_producer(count, maps)
+                    else:
+                        self.emit_producer(thread - config.consumer_threads, count)
+
+    # ---- Barriers
+
+    def full(self, stage):
+        """Returns the address of the mbarrier on which a stage becomes full."""
+        return self.barrier(stage)
+
+    def empty(self, stage):
+        """Returns the address of the mbarrier on which a stage becomes empty."""
+        return self.barrier(self.config.stages + stage)
+
+    def barrier(self, number):
+        from tvm.script import tirx as T
+
+        return T.address_of(self.shared[self.data_elements + number * (MBARRIER_BYTES // 2)])
+
+    def init(self, barrier, arrivals):
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        build.evaluate(T.ptx["mbarrier.init.shared.b64"](barrier, T.uint32(arrivals)))
+
+    def arrive(self, barrier):
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        build.evaluate(T.ptx["mbarrier.arrive.shared.b64"](barrier))
+
+    def wait(self, barrier, parity):
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        build.evaluate(T.cuda.mbarrier_wait(barrier, parity))
+
+    def wait_for_empty(self, step):
+        """Emits the wait for a step's stage; in the first round it is empty."""
+        stages = self.config.stages
+        self.wait(self.empty(step % stages), (step // stages + 1) % 2)
+
+    # ---- Copies
+
+    def encode_map(self, tile, name):
+        """Emits, on the host, the tensor map by which TMA copies a tile; returns its variable, None without TMA."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        if not self.config.tma:
+            return None
+        operand, line = tile.operand, LINE_BYTES // tile.element_bytes
+        strides = linear_strides(operand)
+        batch, outputs, terms = range(3)
+        inner, outer = (terms, outputs) if operand.along_terms else (outputs, terms)
+        dimensions = [inner, outer] + [batch] * (operand.axes[batch].extent > 1)
+        box = [line, tile.lines] + [1] * (len(dimensions) - 2)
+        tensor_map = T.Var(name, ty=T.handle("tensormap").ty)
+        build.Bind(T.tvm_stack_alloca("tensormap", 1), var=tensor_map)
+        build.evaluate(
+            T.tensormap_encode_tiled(
+                tensor_map,
+                self.buffers[operand.load.source].data,
+                *(operand.axes[d].extent for d in dimensions),
+                *(strides[d] * tile.element_bytes for d in dimensions[1:]),
+                *box,
+                *[1] * len(dimensions),
+                descriptor_dtype=tile.dtype,
+                rank=len(dimensions),
+                swizzle=3,  # of 128 bytes
+                l2_promotion=2,  # to 128 bytes
+            )
+        )
+        return tensor_map
+
+    def emit_tma_producer(self, count, maps):
+        """Emits what the thread does that copies by TMA, for `count` steps."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        with build.serial(count) as step:
+            stage = step % self.config.stages
+            self.wait_for_empty(step)
+            stage_bytes = T.uint32(self.stage_elements * self.left.element_bytes)
+            build.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](self.full(stage), stage_bytes))
+            term = (self.first_step + step) * TERMS
+            start = stage * self.stage_elements
+            self.copy_by_tma(self.left, maps[0], start, self.first_row, term, self.full(stage))
+            start += self.left.elements
+            self.copy_by_tma(self.right, maps[1], start, self.first_column, term, self.full(stage))
+
+    def copy_by_tma(self, tile, tensor_map, start, output, term, barrier):
+        """Emits the copies of a tile's panels into shared memory from `start`; what is out of bounds becomes 0."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        operand, line = tile.operand, LINE_BYTES // tile.element_bytes
+        batch = [self.batch] if operand.axes[0].extent > 1 else []
+        copy = T.ptx[f"cp.async.bulk.tensor.{2 + len(batch)}d.shared::cluster.global.mbarrier::complete_tx::bytes"]
+        for panel in range(tile.line // line):
+            place = [term, output] if operand.along_terms else [output + panel * line, term]
+            address = T.address_of(self.shared[start + panel * tile.lines * line])
+            build.evaluate(copy(address, T.address_of(tensor_map), *place, *batch, barrier))
+
+    def emit_producer(self, thread, count):
+        """Emits what the threads do that copy by cp.async, for `count` steps; thread: the number of one of them.
+
+        A thread says that a stage is full when its own copies are there, while later ones are on their way, and after
+        a fence: wgmma reads by another proxy than cp.async writes.
+        """
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        stages, threads = self.config.stages, self.config.producer_threads
+        # Not stages - 1: a stage becomes empty only when the one after it is multiplied. And one less, so that those
+        # who multiply need not wait for the addresses of the next copies.
+        on_their_way = max(0, stages - 3)
+
+        def announce(step):
+            build.evaluate(T.ptx["fence.proxy.async"]())
+            self.arrive(self.full(step % stages))
+
+        with build.serial(count) as step:
+            self.wait_for_empty(step)
+            start = step % stages * self.stage_elements
+            term = (self.first_step + step) * TERMS
+            common = (thread, threads, self.batch)
+            copy_tile(self.left, self.buffers, self.shared, start, *common, self.first_row, term)
+            start += self.left.elements
+            copy_tile(self.right, self.buffers, self.shared, start, *common, self.first_column, term)
+            build.evaluate(T.ptx["cp.async.commit_group"]())
+            with build.If(step >= on_their_way), build.Then():
+                build.evaluate(T.ptx["cp.async.wait_group"](on_their_way))
+                announce(step - on_their_way)
+        build.evaluate(T.ptx["cp.async.wait_group"](0))
+        for i in range(on_their_way):
+            with build.If(count - on_their_way + i >= 0), build.Then():
+                announce(count - on_their_way + i)
+
+    # ---- Products
+
+    def emit_consumer(self, thread, count, partial, part):
+        """Emits what the threads do that multiply, for `count` steps, and what becomes of their sums."""
+        from tvm import tirx
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        config = self.config
+        self.lane = build.Bind(thread % WARP_THREADS)
+        self.warp = build.Bind(thread % WARPGROUP_THREADS // WARP_THREADS)
+        self.warpgroup_row = build.Bind(thread // WARPGROUP_THREADS * (config.rows // config.consumers))
+        self.sums = build.alloc_buffer((config.sums,), "float32", scope="local")
+        with build.unroll(config.sums) as i:
+            build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
+        descriptors = build.alloc_buffer((2,), "uint64", scope="local")
+        line = LINE_BYTES // 2
+        self.encode_descriptor(descriptors, 0, self.left, self.warpgroup_row * line)
+        self.encode_descriptor(descriptors, 1, self.right, self.left.elements)
+        with build.serial(count) as step:
+            stage = step % config.stages
+            self.wait(self.full(stage), step // config.stages % 2)
+            build.evaluate(T.ptx["wgmma.fence.sync.aligned"]())
+            self.multiply(descriptors, stage)
+            build.evaluate(T.ptx["wgmma.commit_group.sync.aligned"]())
+            build.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](1))
+            with build.If(tirx.And(step > 0, self.lane == 0)), build.Then():  # the step before has been multiplied
+                self.arrive(self.empty((step + config.stages - 1) % config.stages))
+        build.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](0))
+        tile = OutputTile(
+            self.task,
+            self.buffers,
+            config.rows,
+            config.columns,
+            self.batch,
+            self.first_row,
+            self.first_column,
+            self.emit_pairs,
+        )
+        if partial is not None:
+            tile.store_parts(partial, part)
+        elif config.staged:
+            threads = config.consumer_threads
+            barrier = T.uint32(CONSUMERS_BARRIER), T.uint32(threads)
+            tile.store_through_shared_memory(
+                self.shared, thread, threads, lambda: build.evaluate(T.ptx["bar.sync"](*barrier))
+            )
+        else:
+            tile.store_from_registers()
+
+    def encode_descriptor(self, descriptors, number, tile, start):
+        """Emits the matrix descriptor of a tile that lies at an element `start` of the shared memory.
+
+        Strides are in units of 16 bytes: of eight lines, and of a panel where there are several (PTX ISA, "Strides").
+        """
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        panel = 1 if tile.operand.along_terms else tile.lines * LINE_BYTES // 16
+        build.evaluate(
+            T.cuda.wgmma.encode_matrix_descriptor(
+                T.address_of(descriptors[number]), T.address_of(self.shared[start]), panel, 8 * LINE_BYTES // 16, 3
+            )
+        )
+
+    def multiply(self, descriptors, stage):
+        """Emits a warpgroup's multiplications of a stage."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        config = self.config
+        dtype = {"float16": "f16", "bfloat16": "bf16"}[self.task.dtype]
+        instruction = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{config.columns}k16.f32.{dtype}.{dtype}"]
+        start = build.Bind(T.Cast("uint64", stage * (self.stage_elements * 2 // 16)))
+        transposed = [int(not tile.operand.along_terms) for tile in (self.left, self.right)]
+        for i in range(TERMS // INSTRUCTION_TERMS):
+            left_step, right_step = (  # along the line, or by lines
+                i * INSTRUCTION_TERMS * (LINE_BYTES if is_transposed else 2) // 16 for is_transposed in transposed
+            )
+            for block in range(config.row_blocks):
+                sums = [self.sums[block * config.columns // 2 + r] for r in range(config.columns // 2)]
+                left = start + T.uint64(left_step + block * INSTRUCTION_ROWS * LINE_BYTES // 16)
+                operands = descriptors[0] + left, descriptors[1] + (start + T.uint64(right_step))
+                build.evaluate(instruction(*sums, *operands, T.bool(True), 1, 1, *transposed))
+
+    def emit_pairs(self, emit):
+        """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
+        from tvm.tirx.script.builder import ir as build
+
+        config = self.config
+        column_blocks = config.columns // 8
+        with build.unroll(config.row_blocks) as i, build.unroll(2) as h, build.unroll(column_blocks) as j:
+            row = self.warpgroup_row + i * INSTRUCTION_ROWS + self.warp * 16 + h * 8 + self.lane // 4
+            column = j * 8 + self.lane % 4 * 2
+            first = (i * column_blocks + j) * 4 + h * 2
+            emit(row, column, [self.sums[first + e] for e in range(2)])
