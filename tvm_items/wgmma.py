@@ -7,6 +7,7 @@ CUTLASS's warp-specialized kernels (https://github.com/NVIDIA/cutlass, sm90_mma_
 """
 
 import dataclasses
+import functools
 
 from tvm_items.expressions import linear_strides
 from tvm_items.output_tile import OutputTile, staging_bytes
@@ -95,7 +96,7 @@ class WgmmaTemplate:
             return False
         if config.stages > max(2, self.steps // config.parts + 1):
             return False
-        if config.tma and not all(map(is_matrix, (self.task.left, self.task.right))):
+        if config.tma and not self.can_use_tma:
             return False
         return self.shared_bytes(config) <= self.max_shared_bytes
 
@@ -105,6 +106,10 @@ class WgmmaTemplate:
             Tile(self.task.left, self.task.dtype, config.rows, TERMS),
             Tile(self.task.right, self.task.dtype, config.columns, TERMS),
         )
+
+    @functools.cached_property
+    def can_use_tma(self):
+        return all(map(is_matrix, (self.task.left, self.task.right)))
 
     @property
     def steps(self):

@@ -1,0 +1,95 @@
+"""The template of wgmma: its kernels, run on the CPU, are right with copies by TMA and by cp.async."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import H200
+from cuda_emulator import emulate, generate
+from products import make_batched_product, make_convolution
+from tvm_items.kernels import compile_candidate
+from tvm_items.lowering import tir_pipeline
+from tvm_items.templates import find_templates
+from tvm_items.wgmma import PARAMETERS, Config
+
+
+def decide(**options):
+    """Returns the decisions for these options; the others are those of a small tile."""
+    chosen = {
+        "rows": 64,
+        "columns": 64,
+        "consumers": 1,
+        "stages": 3,
+        "group": 4,
+        "parts": 1,
+        "staged": False,
+        "tma": True,
+        **options,
+    }
+    return [values.index(chosen[name]) for name, values in zip(Config.__dataclass_fields__, PARAMETERS, strict=True)]
+
+
+def find_template(tvm, module, arch="sm_90"):
+    """Returns the template of wgmma for a task, None where there is none."""
+    target = tvm.target.Target(json.loads(H200) | {"arch": arch})
+    templates = find_templates(module, target)
+    return next((template for template in templates if type(template).__name__ == "WgmmaTemplate"), None)
+
+
+def check(tvm, task, **options):
+    """Asserts that the kernel of these options gives what is expected, with everything asynchronous late and early."""
+    module, arguments, expected = task
+    realized = find_template(tvm, module).realize(decide(**options))
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[expected.dtype]
+    for values in emulate(realized, tvm.target.Target(json.loads(H200)), arguments, tir_pipeline()):
+        error = (values[-1].float() - expected.float()).norm() / expected.float().norm()
+        assert error < tolerance and all(map(torch.equal, values[:-1], arguments[:-1]))
+
+
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize(
+    "shape, dtype, transposed, options",
+    [
+        # Neither rows, columns nor terms are multiples of a tile; the weight lies as (columns, terms).
+        ((1, 70, 72, 264), "float16", True, {"columns": 128, "stages": 4}),
+        # Two warpgroups multiply, two stages, several products, sums through shared memory; as (terms, columns).
+        (
+            (2, 130, 72, 200),
+            "bfloat16",
+            False,
+            {"rows": 128, "columns": 128, "consumers": 2, "stages": 2, "staged": True},
+        ),
+        # Two instructions for the rows of a warpgroup; sums in two parts of a different number of steps.
+        ((1, 120, 40, 328), "float16", False, {"rows": 128, "parts": 2}),
+    ],
+)
+def test_products(tvm, shape, dtype, transposed, options, tma):
+    check(tvm, make_batched_product(shape, dtype, transposed), tma=tma, **options)
+
+
+def test_a_convolution(tvm):
+    task = make_convolution((2, 9, 16, 40, 3), "float16", 2, 1, 1)
+    check(tvm, task, tma=False)
+    assert not find_template(tvm, task[0]).fits(decide(tma=True))  # a window is no matrix
+    task = make_convolution((2, 7, 64, 64, 1), "bfloat16", 1, 0, 1)
+    check(tvm, task, rows=128, consumers=2, stages=2, tma=True)  # one of 1 x 1 is, and needs no detour
+
+
+def test_only_hopper_has_it(tvm):
+    module, *_ = make_batched_product((1, 3152, 3072, 768), "float16")
+    big = {"rows": 128, "columns": 256, "consumers": 2}
+    assert find_template(tvm, module).fits(decide(**big, stages=4))
+    for wrong in ({"stages": 5}, {"consumers": 1, "stages": 2}, {"rows": 64}):  # memory, registers, rows
+        assert not find_template(tvm, module).fits(decide(**(big | wrong)))
+    assert find_template(tvm, module, "sm_80") is None and find_template(tvm, module, "sm_100") is None
+
+
+@pytest.mark.parametrize("tma", [True, False])
+def test_kernels_compile_for_hopper(tvm, tma):
+    module, *_ = make_batched_product((1, 3152, 3072, 768), "bfloat16")
+    target = tvm.target.Target(json.loads(H200))
+    realized = find_template(tvm, module).realize(decide(rows=128, columns=128, consumers=2, staged=True, tma=tma))
+    source, *_ = generate(realized, target, tir_pipeline())
+    with target:
+        assert bytes(compile_candidate(source)).startswith(b"\x7fELF")
