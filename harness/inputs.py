@@ -8,7 +8,15 @@ import torch
 from harness.case import SEED
 from harness.device import host_memory_bytes
 from harness.errors import UserError, one_line
-from harness.shapes import find_field, find_shapes, has_image_tokens, image_config, patch_grid, text_config
+from harness.shapes import (
+    find_field,
+    find_shapes,
+    forward_parameters,
+    has_image_tokens,
+    image_config,
+    patch_grid,
+    text_config,
+)
 
 CHANGED_SEED = SEED + 1  # of the inputs that an item gets once it was timed
 CHARACTERS = 256  # that a model without a vocabulary is fed: it reads code points or bytes
@@ -48,9 +56,9 @@ def make_inputs(case, seed=SEED):
     Masks let everything through; grids and positions of patches are those of whole images.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = {}
+    inputs, parameters = {}, forward_parameters(case)
     for name, shape in input_shapes(case).items():
-        if name.endswith("input_ids"):
+        if name.endswith("input_ids") or (name == "inputs" and len(shape) == 2 and "input_ids" in parameters):
             inputs[name] = make_tokens(case, shape, generator, is_decoded=name.startswith("decoder"))
         elif name in ("past_values_padding", "freq", "lang_ids"):  # nothing is padded; the first language, frequency
             inputs[name] = torch.zeros(shape, dtype=torch.long)
@@ -81,7 +89,7 @@ def make_tokens(case, shape, generator, is_decoded=False):
     decoder of an encoder-decoder model gets them.
     """
     config = case.config.get_text_config(decoder=True) if is_decoded else text_config(case)
-    vocabulary = getattr(config, "vocab_size", None) or CHARACTERS
+    vocabulary = find_field(config, "vocab_size", default=CHARACTERS)
     special = set()
     for key, value in [*vars(case.config).items(), *vars(config).items()]:
         if re.search(r"token_(id|index)$", key):  # some models have several ends

@@ -193,7 +193,7 @@ def find_model_class(name, config, task=None):
 
 def is_for_text_alone(model_class, config):
     """Returns whether a class takes the config of the language model inside a model, of which `config` is the whole."""
-    text = type(config.get_text_config())
+    text = type(config.get_text_config(decoder=True))
     return text is not type(config) and getattr(model_class, "config_class", None) is text
 
 

@@ -13,9 +13,13 @@ from harness.errors import UserError
 
 AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
 AUDIO_FRAMES = AUDIO_SAMPLES // 160  # of a spectrogram: one every 10 ms
-BINS = ("input_feat_per_channel", "num_mel_bins", "n_mels", "feature_size", "input_dim")  # of a spectrogram
+BINS = """
+input_feat_per_channel num_mel_bins n_mels feature_projection_input_dim feature_size input_dim input_size
+""".split()  # of a spectrogram
 BOXES = 36  # regions of an image that a detector has found, for models that read those
-PART_CONFIGS = ("vision_config", "image_config", "audio_config", "encoder_config", "backbone_config")
+PART_CONFIGS = """
+vision_config image_config audio_config encoder_config backbone_config semantic_model_config model_config decoder_config
+""".split()
 # Of models that see and read, the configs of their two halves.
 VISION_CONFIGS = ("vision_config", "image_config")
 AUDIO_CONFIGS = ("audio_config", "speech_config")
@@ -29,7 +33,7 @@ def find_shapes(case):
     config, parameters = case.config, forward_parameters(case)
     mains = main_inputs(case)
     if is_image_text(case):  # text first, as the library's own processors give it
-        mains = ["input_ids", *mains]
+        mains = ["input_ids", "pixel_values", *mains]
     names = dict.fromkeys([*mains, *(name for name, p in parameters.items() if p.default is p.empty)])
     for name, test in OPTIONAL.items():
         if name in parameters and test(case, names):
@@ -109,7 +113,7 @@ def is_image_text(case):
 
 
 def has_image_tokens(config):
-    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
+    return any(getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index"))
 
 
 def is_audio_text(case):
@@ -334,6 +338,12 @@ def episode_shape(case, size):
     return (case.batch_size, steps, size)
 
 
+def inputs_shape(case):
+    """The shape of what a model of several kinds of inputs takes: the kind that its class names as well."""
+    kinds = [kind for kind in ("pixel_values", "input_values", "input_ids") if kind in forward_parameters(case)]
+    return SHAPES[kinds[0] if kinds else "input_ids"](case)
+
+
 # Name of an argument of forward() -> its shape, of a case.
 SHAPES = {
     "input_ids": text_shape,
@@ -343,6 +353,7 @@ SHAPES = {
     "qformer_input_ids": text_shape,
     "bbox": box_shape,
     "lang_ids": lambda case: (case.batch_size,),
+    "inputs": inputs_shape,
     "pixel_values": image_shape,
     "prompt_pixel_values": image_shape,
     "prompt_masks": image_shape,

@@ -80,7 +80,8 @@ def find_instance(model_type):
             return {**columns, "instance": size.name}
         except Exception as error:
             errors.append((size.name, one_line(error)))
-            if NO_SIZE_HELPS.search(errors[-1][1]) or (errors[-2:-1] and errors[-2][1] == errors[-1][1]):
+            is_old = size.divisor == SIZES[-1].divisor and errors[0][1] == errors[-1][1]
+            if is_old or NO_SIZE_HELPS.search(errors[-1][1]):
                 break
     # The least change says most, but for a size that is only too large.
     instance, error = next((e for e in reversed(errors) if "parameters" not in e[1]), errors[-1])

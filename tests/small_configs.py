@@ -68,6 +68,9 @@ COMPLETIONS = {
     "head_dim": lambda fields: fields["hidden_size"] // fields["num_attention_heads"],
     "num_key_value_heads": lambda fields: fields["num_attention_heads"],
     "n_routed_experts": lambda fields: 8,
+    "n_shared_experts": lambda fields: 1,
+    "layer_types": lambda fields: ["full_attention"] * fields["num_hidden_layers"],
+    "vocabulary_map": lambda fields: {},
     "num_experts_per_tok": lambda fields: 2,
     "vocab_size": lambda fields: 32,
     "prediction_length": lambda fields: 24,
@@ -113,8 +116,13 @@ def complete(fields):
     for value in fields.values():
         if isinstance(value, dict):
             complete(value)
+    if fields.get("vocab_size", "") is None and fields.get("pad_token_id", "") is None:
+        fields["pad_token_id"] = 1
+    if fields.get("num_time_features") == 0:  # an input without any values, and what is computed from that
+        fields["num_time_features"] = None
+        fields.pop("feature_size", None)
     for name, find in COMPLETIONS.items():
-        if fields.get(name, "") is None or (name == "num_time_features" and fields.get(name) == 0):
+        if fields.get(name, "") is None:
             with contextlib.suppress(KeyError, TypeError):
                 fields[name] = find(fields)
 
