@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import ResNetConfig
+from transformers.integrations import moe
 
 import benchmark
 from conftest import make_case
@@ -45,6 +46,55 @@ def test_an_if_on_values_is_exported():
     inputs = {"pixel_values": torch.randn(2, 3)}
     run = benchmark.tvm_default(Clamped(), inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), [2 * inputs["pixel_values"].numpy()]) < 1e-6
+
+
+def test_indices_in_tensors_count_from_the_end():
+    """As in Falcon, whose keys are the last but one of each group of heads; both as constants and as computed."""
+
+    class Picking(torch.nn.Module):
+        def forward(self, pixel_values):
+            computed = (pixel_values[0] > 0).long() - 1  # 0 and -1
+            written = pixel_values.clone()
+            written[:, torch.tensor([-3])] = 5.0
+            return pixel_values[:, [-2, 0]], pixel_values[:, computed], written
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Picking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
+
+
+def test_divisions_of_integers_by_a_number():
+    class Dividing(torch.nn.Module):
+        def forward(self, pixel_values):
+            numbers = (pixel_values * 10).long()
+            down, towards_zero = numbers // 3, torch.div(numbers, 3, rounding_mode="trunc")
+            return pixel_values + down, pixel_values + towards_zero
+
+    inputs = {"pixel_values": torch.randn(4, 5)}
+    run = benchmark.tvm_default(Dividing(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Dividing()(**inputs))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mixture_of_experts(dtype):
+    """The library's own products of groups of rows, one of which is empty, as its mixtures of experts use them."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8, 6))
+
+        def forward(self, pixel_values):
+            experts = torch.tensor([3, 0, 0, 1, 3])
+            counts = torch.histc(experts.float(), bins=4, min=0, max=3)
+            return moe._grouped_mm(pixel_values, self.weight, torch.cumsum(counts, 0, dtype=torch.int32))
+
+    model = Experts().to(dtype)
+    inputs = {"pixel_values": torch.randn(5, 8).to(dtype)}
+    with torch.no_grad():
+        run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+        expected = output_arrays(model(**inputs))
+    assert relative_error(output_arrays(run()), expected) < {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
