@@ -82,7 +82,7 @@ def test_a_mixture_of_experts(dtype):
     class Experts(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(4, 8, 6))
+            self.weight = torch.nn.Parameter(torch.randn(4, 8, 8))
 
         def forward(self, pixel_values):
             experts = torch.tensor([3, 0, 0, 1, 3])
