@@ -282,12 +282,17 @@ def sound_shape(case):
 
 
 def spectrogram_shape(case):
-    """(batch, frames, bins), or (batch, bins, frames) where the documentation or the first convolution says so."""
+    """(batch, frames, bins), or (batch, bins, frames) where the documentation or the first convolution says so.
+
+    (batch, 1, frames, bins) where the model looks at it as at an image.
+    """
     config = find_config(case.config, *AUDIO_CONFIGS)
     bins = find_field(config, *BINS, default=80)
     positions = find_field(config, "max_source_positions")
     if positions and find_field(config, "num_mel_bins"):  # Whisper's fixed window
         return (case.batch_size, bins, 2 * positions)
+    if find_field(config, "spec_size"):
+        return (case.batch_size, 1, AUDIO_FRAMES, bins)
     window = 2 * find_field(config, "n_window", default=1)
     frames = math.ceil(AUDIO_FRAMES / window) * window
     is_first = documented_shape(case, "input_features")[1:2] in (["feature_size"], ["mel_bins"])

@@ -48,9 +48,10 @@ COLUMNS = """
 model_type test status error rel_error is_part model_class instance parameters input_shape duration_s
 torch_version tvm_version transformers_version harness_version timestamp_utc
 """.split()
-LIMIT_S = {"torch": 90, "torch_compile": 120, "tvm": 120, "cuda fp16": 120, "cuda bf16": 120}
+LIMIT_S = {"torch": 60, "torch_compile": 90, "tvm": 90, "cuda fp16": 90, "cuda bf16": 90}
 MAX_MEMORY_BYTES = 10 * 2**30  # of address space; importing takes some 4 of it
 MAX_PARAMETERS = 2e8  # counted before any is made
+SEQ_LEN = 32  # tokens of a text
 MISSING_LIBRARY = re.compile(r"requires the (\S+) library|No module named")
 NO_FORWARD = re.compile(r"has no forward\(\)")
 HUB = re.compile(r"huggingface\.co|offline mode|OfflineModeIsEnabled|HF_HUB_OFFLINE|LocalEntryNotFound|from the hub")
@@ -101,7 +102,7 @@ def run_test(test, model_type, size):
     config = small_config(default_config(model_type), size)
     precision = test.removeprefix("cuda ") if test.startswith("cuda") else "fp32"
     model_class = benchmark_class(model_type, config)
-    case = make_case(config, model_name=model_type, model_class=model_class, precision=precision)
+    case = make_case(config, model_name=model_type, model_class=model_class, precision=precision, seq_len=SEQ_LEN)
     columns = {"model_class": model_class.__name__, "input_shape": describe_shapes(case)}
     columns["parameters"] = count_parameters(model_class, config)
     if test.startswith("cuda"):
