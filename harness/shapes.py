@@ -14,7 +14,7 @@ from harness.errors import UserError
 AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
 AUDIO_FRAMES = AUDIO_SAMPLES // 160  # of a spectrogram: one every 10 ms
 BINS = """
-input_feat_per_channel num_mel_bins n_mels feature_projection_input_dim feature_size input_dim input_size
+input_feat_per_channel input_size num_mel_bins n_mels feature_projection_input_dim feature_size input_dim
 """.split()  # of a spectrogram
 BOXES = 36  # regions of an image that a detector has found, for models that read those
 PART_CONFIGS = """
@@ -137,6 +137,7 @@ OPTIONAL = {
     "spatial_shapes": lambda case, names: "pixel_values" in names,
     "pixel_attention_mask": lambda case, names: "spatial_shapes" in names,
     "input_features": lambda case, names: "input_ids" in names and is_audio_text(case),
+    "input_features_mask": lambda case, names: "input_features_mask.sum(" in family_source(case),
     "visual_feats": lambda case, names: "input_ids" in names,
     "visual_pos": lambda case, names: "input_ids" in names,
     "lang_ids": lambda case, names: hasattr(case.config, "languages") and not case.config.default_language,
@@ -288,15 +289,15 @@ def spectrogram_shape(case):
     """
     config = find_config(case.config, *AUDIO_CONFIGS)
     bins = find_field(config, *BINS, default=80)
+    window = 2 * find_field(config, "n_window", default=1)
     positions = find_field(config, "max_source_positions")
     if positions and find_field(config, "num_mel_bins"):  # Whisper's fixed window
-        return (case.batch_size, bins, 2 * positions)
+        return (case.batch_size, bins, math.ceil(2 * positions / window) * window)
     if find_field(config, "spec_size"):
         return (case.batch_size, 1, AUDIO_FRAMES, bins)
-    window = 2 * find_field(config, "n_window", default=1)
     frames = math.ceil(AUDIO_FRAMES / window) * window
-    is_first = documented_shape(case, "input_features")[1:2] in (["feature_size"], ["mel_bins"])
-    if is_first or re.search(r"Conv1d\(\w+\.num_mel_bins", family_source(case)):
+    is_first = documented_shape(case, "input_features")[1:2] == ["feature_size"]
+    if is_first or re.search(r"Conv1d\(\s*\w+\.(num_mel_bins|feature_size)", family_source(case)):
         return (case.batch_size, bins, frames)
     return (case.batch_size, frames, bins)
 
@@ -345,8 +346,10 @@ def episode_shape(case, size):
 
 def inputs_shape(case):
     """The shape of what a model of several kinds of inputs takes: the kind that its class names as well."""
-    kinds = [kind for kind in ("pixel_values", "input_values", "input_ids") if kind in forward_parameters(case)]
-    return SHAPES[kinds[0] if kinds else "input_ids"](case)
+    parameters = forward_parameters(case)
+    if "pixel_values" in parameters:
+        return (case.batch_size, channel_count(case.config), *image_size(case))
+    return sound_shape(case) if "input_values" in parameters else text_shape(case)
 
 
 # Name of an argument of forward() -> its shape, of a case.

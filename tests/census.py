@@ -43,6 +43,9 @@ from harness.weights import load_on_device
 from tvm_items.importer import export_for_tvm, import_to_relax
 
 FAMILIES = RESULTS / "families.csv"
+DOCS = RESULTS.parent / "docs"
+STATUSES = ("ok", "wrong", "failed", "no case")
+REASON_LENGTH = 160  # characters in the table; the whole line is in the CSV
 TESTS = ("torch", "tvm", "cuda fp16", "cuda bf16", "torch_compile")
 COLUMNS = """
 model_type test status error rel_error is_part model_class instance parameters input_shape duration_s
@@ -81,8 +84,7 @@ def find_instance(model_type):
             return {**columns, "instance": size.name}
         except Exception as error:
             errors.append((size.name, one_line(error)))
-            is_old = size.divisor == SIZES[-1].divisor and errors[0][1] == errors[-1][1]
-            if is_old or NO_SIZE_HELPS.search(errors[-1][1]):
+            if NO_SIZE_HELPS.search(errors[-1][1]):
                 break
     # The least change says most, but for a size that is only too large.
     instance, error = next((e for e in reversed(errors) if "parameters" not in e[1]), errors[-1])
@@ -176,12 +178,16 @@ def take(test, model_type, known):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--publish", action="store_true", help="write docs/families.md from the rows, run nothing")
     parser.add_argument("--csv", type=Path, default=FAMILIES)
     parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS)
     parser.add_argument("--types", nargs="+", help="only these (default: all that transformers knows)")
     parser.add_argument("--again", action="store_true", help="rows that are there are made anew")
     parser.add_argument("--failed", action="store_true", help="only those whose row is not ok, anew")
     args = parser.parse_args()
+    if args.publish:
+        publish(read_rows(args.csv), DOCS / "families.md")
+        return 0
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     parts = find_parts()
@@ -217,6 +223,39 @@ def main():
             append(args.csv, row)
             print(model_type, test, row["status"], row.get("error", ""), flush=True)
     return 0
+
+
+def publish(rows, path):
+    """Writes the two tables of docs/families.md between their marks: how many came out how, and a line a type."""
+    parts = find_parts()
+    whole = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] not in parts]
+    counts = [("test", *STATUSES, "not reached")]
+    for test in TESTS:
+        found = [rows[name, test]["status"] if (name, test) in rows else "not reached" for name in whole]
+        counts.append((test, *(found.count(status) for status in counts[0][1:])))
+    lines = [("model type", "class", *TESTS, "why not")]
+    for name in sorted(CONFIG_MAPPING):
+        of_type = {test: rows[name, test] for test in TESTS if (name, test) in rows}
+        if not of_type and CONFIG_MAPPING[name] in parts:
+            continue
+        reasons = [f"{test}: {row['error']}" for test, row in of_type.items() if row["error"]]
+        reason = reasons[0].replace("|", "/")[:REASON_LENGTH] if reasons else ""
+        statuses = [of_type[test]["status"] if test in of_type else "" for test in TESTS]
+        model_class = of_type.get("torch", {}).get("model_class", "")
+        lines.append((name, model_class, *statuses, reason))
+    text = path.read_text(encoding="utf-8")
+    for mark, table in (("counts", counts), ("families", lines)):
+        before, _, rest = text.partition(f"<!-- {mark}: tests/census.py writes this part -->\n")
+        _, end, after = rest.partition(f"<!-- end of {mark} -->")
+        marked = f"{before}<!-- {mark}: tests/census.py writes this part -->\n"
+        text = f"{marked}\n{markdown(table)}\n\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
+
+
+def markdown(table):
+    """Returns a table, a list of tuples of which the first is the header, in markdown."""
+    header, *lines = [f"| {' | '.join(map(str, line))} |" for line in table]
+    return "\n".join([header, "|" + "---|" * len(table[0]), *lines])
 
 
 def read_rows(path):

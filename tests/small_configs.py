@@ -135,6 +135,7 @@ def shrink(fields, size):
                 shrink(part, size)
     if size.depth:
         shrink_depth(fields)
+    patched = fields.get("image_embedding_size")
     patch = fields.get("patch_size")
     patch = patch if is_int(patch) else max(patch) if of_ints(patch) else 1
     pixels = max(4 * patch, PIXELS // patch * patch)
@@ -145,6 +146,8 @@ def shrink(fields, size):
             continue
         if HEADS.search(name) and size.heads:
             fields[name] = map_ints(lambda heads: max(heads // size.divisor, 1), value)
+        elif WIDTH.search(name) and "moe" in name and is_int(value):  # PyTorch's products of groups take 16 bytes
+            fields[name] = max(value // size.divisor // 8, 1) * 8
         elif WIDTH.search(name) and not NOT_WIDTH.search(name):
             least = 1 if name == "mrope_section" else 4  # pairs of a head's dimensions, which add up to half of it
             fields[name] = map_ints(functools.partial(narrow, size.divisor, least), value)
@@ -158,6 +161,8 @@ def shrink(fields, size):
             fields[name] = min(value, CHUNK)
         elif size.images and POSITION_COUNT.search(name) and is_int(value):
             fields[name] = min(value, POSITIONS)
+    if is_int(patched) and is_int(fields.get("image_size")):  # how many patches an image has
+        fields["image_embedding_size"] = fields["image_size"] // patch
 
 
 def narrow(divisor, least, width):

@@ -67,6 +67,13 @@ def count_indices_from_the_front(exported):
         node.args = (source, counted, *rest)
 
 
+def sort_largest(graph):
+    """Makes every topk() a sorted one, in place: TVM has no other, and an order that nobody asked for may be any."""
+    for node in graph.find_nodes(op="call_function", target=aten.topk.default):
+        values, k, dim, largest, _ = (*node.args, *(-1, True, True)[len(node.args) - 2 :])
+        node.args = (values, k, dim, largest, True)
+
+
 def find_constants(exported):
     """Returns {name of a placeholder: tensor} of an ExportedProgram's buffers and constants."""
     signature = exported.graph_signature

@@ -8,7 +8,12 @@ import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tvm_items.converters import CONVERTERS
-from tvm_items.exported_graph import count_from_the_front, count_indices_from_the_front, subtract_integers_by_adding
+from tvm_items.exported_graph import (
+    count_from_the_front,
+    count_indices_from_the_front,
+    sort_largest,
+    subtract_integers_by_adding,
+)
 
 aten = torch.ops.aten
 
@@ -44,6 +49,7 @@ def import_to_relax(exported):
 
     subtract_integers_by_adding(exported.graph)
     count_indices_from_the_front(exported)
+    sort_largest(exported.graph)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
