@@ -63,6 +63,24 @@ def test_indices_in_tensors_count_from_the_end():
     assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
 
 
+def test_operators_that_the_importer_lacks():
+    """Converted or decomposed: extremes, all(), sums by place, sorting, counting down, padding by mirror."""
+
+    class Lacking(torch.nn.Module):
+        def forward(self, pixel_values):
+            places = torch.tensor([[0, 2, 0, 1]])
+            summed = torch.zeros(1, 3).scatter_add(1, places, pixel_values[:1])
+            largest = torch.topk(pixel_values, 3, sorted=False).values.sort(stable=True, descending=True).values
+            countdown = torch.arange(3, -1, -1) * pixel_values
+            mirrored = torch.nn.functional.pad(pixel_values[None], (2, 1), mode="reflect")
+            near = torch.where((pixel_values < 2).all(-1, keepdim=True), pixel_values, 0) + (pixel_values < 9).all()
+            return summed, largest, countdown, mirrored, near, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Lacking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
+
+
 def test_divisions_of_integers_by_a_number():
     class Dividing(torch.nn.Module):
         def forward(self, pixel_values):

@@ -3,6 +3,8 @@
 A converter gets a node of the exported graph and TVM's importer, and returns the node's value as a Relax variable.
 """
 
+import functools
+
 import torch
 
 
@@ -104,9 +106,43 @@ def convert_division(node, importer):
     return importer.block_builder.emit(relax.op.add(quotient, one_more))
 
 
+def convert_extreme(operator, node, importer):
+    """Converts the largest or the smallest along axes, all of them where none is named. operator: of relax.op."""
+    from tvm import relax
+
+    axes, keep = (*node.args[1:], *((), False)[len(node.args) - 1 :])
+    return importer.block_builder.emit(
+        getattr(relax.op, operator)(importer.env[node.args[0]], axis=list(axes) or None, keepdims=keep)
+    )
+
+
+def convert_all(node, importer):
+    """Converts all() of a tensor, or along one axis: the smallest of zeros and ones."""
+    from tvm import relax
+
+    axis, keep = (*node.args[1:], *(None, False)[len(node.args) - 1 :])
+    ones = relax.op.astype(relax.op.astype(importer.env[node.args[0]], "bool"), "int32")
+    smallest = importer.block_builder.emit(relax.op.min(ones, axis=axis, keepdims=keep))
+    return importer.block_builder.emit(relax.op.astype(smallest, "bool"))
+
+
+def convert_scatter_add(node, importer):
+    """Converts a sum of what is scattered to the same place."""
+    from tvm import relax
+
+    target, axis, indices, values = (importer.env[a] if isinstance(a, torch.fx.Node) else a for a in node.args)
+    axis %= target.ty.ndim
+    return importer.block_builder.emit(relax.op.scatter_elements(target, indices, values, axis, reduction="add"))
+
+
 CONVERTERS = {
     "convert_element_type.default": convert_element_type,
     "any.default": convert_any,
+    "all.default": convert_all,
+    "all.dim": convert_all,
+    "amax.default": functools.partial(convert_extreme, "max"),
+    "amin.default": functools.partial(convert_extreme, "min"),
+    "scatter_add.default": convert_scatter_add,
     "floor_divide.default": convert_division,
     "div.Tensor_mode": convert_division,
     "histc.default": convert_histc,

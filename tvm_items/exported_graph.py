@@ -74,6 +74,47 @@ def sort_largest(graph):
         node.args = (values, k, dim, largest, True)
 
 
+def sort_plainly(graph):
+    """Makes every stable sort() a plain one, in place: TVM's is stable."""
+    for node in graph.find_nodes(op="call_function", target=aten.sort.stable):
+        dim, descending = node.kwargs.get("dim", -1), node.kwargs.get("descending", False)
+        node.target, node.args, node.kwargs = aten.sort.default, (node.args[0], dim, descending), {}
+
+
+def count_upwards(graph):
+    """Makes every arange() that counts down one that counts up, times its step, in place.
+
+    Of whole numbers TVM takes two more steps than there are: its formula for their number rounds as for a step upwards.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=aten.arange.start_step)):
+        start, _, step = (*node.args, 1)[:3]
+        if step >= 0:
+            continue
+        value = node.meta["val"]
+        with graph.inserting_before(node):
+            upwards = graph.call_function(aten.arange.start_step, (0, value.shape[0], 1), dict(node.kwargs))
+            scaled = graph.call_function(aten.mul.Tensor, (upwards, step))
+            shifted = graph.call_function(aten.add.Tensor, (scaled, start))
+        upwards.meta["val"] = scaled.meta["val"] = shifted.meta["val"] = value
+        node.replace_all_uses_with(shifted)
+        graph.erase_node(node)
+
+
+def decompose_unknown(exported, known):
+    """Returns an ExportedProgram without the operators that TVM lacks and PyTorch can decompose.
+
+    exported: itself returned where there are none. known: names of operators, as "amax.default".
+    """
+    table = torch._decomp.decomposition_table
+    unknown = {node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    unknown = {operator for operator in unknown if operator.__name__ not in known and operator in table}
+    if unknown:
+        exported = exported.run_decompositions({operator: table[operator] for operator in unknown})
+    for node in exported.graph.find_nodes(op="call_function", target=aten._unsafe_index.Tensor):
+        node.target = aten.index.Tensor  # decompositions promise that their indices are within bounds
+    return exported
+
+
 def find_constants(exported):
     """Returns {name of a placeholder: tensor} of an ExportedProgram's buffers and constants."""
     signature = exported.graph_signature

@@ -11,7 +11,10 @@ from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     count_from_the_front,
     count_indices_from_the_front,
+    count_upwards,
+    decompose_unknown,
     sort_largest,
+    sort_plainly,
     subtract_integers_by_adding,
 )
 
@@ -46,10 +49,15 @@ def import_to_relax(exported):
     from torch.onnx._internal.fx.passes import InsertTypePromotion
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+    importer = ExportedProgramImporter()
+    exported = decompose_unknown(exported, {*importer.create_convert_map(), *CONVERTERS})
     subtract_integers_by_adding(exported.graph)
     count_indices_from_the_front(exported)
     sort_largest(exported.graph)
+    sort_plainly(exported.graph)
+    count_upwards(exported.graph)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
