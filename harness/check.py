@@ -9,9 +9,10 @@ import torch
 def output_arrays(outputs):
     """Returns the floating-point tensors of a model's outputs, in order, as fp32 NumPy arrays of their own.
 
-    outputs: a tensor of PyTorch or TVM on any device, or a dict or sequence of outputs; integers and None are left out.
+    outputs: a tensor of PyTorch or TVM on any device, or a dict or sequence of outputs. Integers, Python's own numbers
+    and None are left out.
     """
-    if outputs is None:
+    if outputs is None or isinstance(outputs, (int, float, str)):
         return []
     if hasattr(outputs, "__dlpack__"):
         tensor = torch.from_dlpack(outputs)

@@ -53,13 +53,13 @@ torch_version tvm_version transformers_version harness_version timestamp_utc
 """.split()
 LIMIT_S = {"torch": 60, "torch_compile": 90, "tvm": 75, "cuda fp16": 90, "cuda bf16": 90}
 MAX_MEMORY_BYTES = 10 * 2**30  # of address space; importing takes some 4 of it
-MAX_PARAMETERS = 2e8  # counted before any is made
+MAX_PARAMETERS = 4e8  # counted before any is made
 SEQ_LEN = 32  # tokens of a text
 MISSING_LIBRARY = re.compile(r"requires the (\S+) library|No module named")
-NO_FORWARD = re.compile(r"has no forward\(\)")
+NO_CLASS = re.compile(r"has no forward\(\)|names no model class")
 HUB = re.compile(r"huggingface\.co|offline mode|OfflineModeIsEnabled|HF_HUB_OFFLINE|LocalEntryNotFound|from the hub")
-NO_CASE = re.compile("|".join(p.pattern for p in (MISSING_LIBRARY, HUB, NO_FORWARD)))
-NO_SIZE_HELPS = re.compile(f"{NO_CASE.pattern}|does not know how to make|names no model class")
+NO_CASE = re.compile("|".join(p.pattern for p in (MISSING_LIBRARY, HUB, NO_CLASS)))
+NO_SIZE_HELPS = re.compile(f"{NO_CASE.pattern}|does not know how to make")
 
 
 def find_parts():

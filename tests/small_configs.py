@@ -13,7 +13,7 @@ import typing
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY, POSITIONS, EXPERTS, PIXELS, CHUNK = 1024, 512, 16, 64, 16
+VOCABULARY, POSITIONS, EXPERTS, QUERIES, PIXELS, CHUNK = 1024, 512, 16, 16, 64, 16
 
 
 class Size(typing.NamedTuple):
@@ -23,7 +23,7 @@ class Size(typing.NamedTuple):
     divisor: int = 1  # of widths
     heads: bool = False  # whether the numbers of heads are divided too, so that a head keeps its size
     images: bool = False  # whether images, positions and chunks are capped
-    counts: bool = True  # whether vocabularies and experts are capped
+    counts: bool = True  # whether vocabularies, experts and queries are capped
     depth: bool = True  # whether there are two layers
 
 
@@ -57,6 +57,7 @@ NOT_WIDTH = re.compile(
 HEAD_SIZE = re.compile(r"head_?dim|d_head$|^d_kv$|dim_head$|head_size$|rotary_dim|mrope_section$")
 HEADS = re.compile(r"(^|_)heads?$|^num_key_value_\w*heads$")
 EXPERT_COUNT = re.compile(r"^(n|num|moe_num)_(?!shared)(\w+_)?experts$")
+QUERY_COUNT = re.compile(r"^num_(object_)?queries$")  # objects that a detector looks for
 IMAGE_SIZE = re.compile(r"(image|img)_size$")
 CHUNK_SIZE = re.compile(r"(^|mamba_)chunk_size$")
 POSITION_COUNT = re.compile(r"^(max|n)_\w*position(s|_embeddings)$|^n_ctx$|^max_seq_len$")
@@ -155,6 +156,8 @@ def shrink(fields, size):
             fields[name] = min(value, VOCABULARY)
         elif size.counts and EXPERT_COUNT.search(name):
             fields[name] = map_ints(lambda experts: min(experts, EXPERTS), value)
+        elif size.counts and QUERY_COUNT.search(name) and is_int(value):
+            fields[name] = min(value, QUERIES)
         elif size.images and IMAGE_SIZE.search(name) and not re.search("max|min", name):
             fields[name] = map_ints(lambda side: min(side, pixels), value)
         elif size.images and CHUNK_SIZE.search(name) and is_int(value):

@@ -29,6 +29,7 @@ def test_output_arrays_takes_every_floating_point_output_in_order():
     outputs = Output(
         logits=torch.ones(2, dtype=torch.bfloat16),
         none=None,
+        sizes=(2, 3.0),
         ids=torch.ones(1, dtype=torch.long),
         hidden=(torch.zeros(1), [torch.full((3,), 2.0)]),
     )

@@ -74,6 +74,8 @@ def test_operators_that_the_importer_lacks():
             countdown = torch.arange(3, -1, -1) * pixel_values
             mirrored = torch.nn.functional.pad(pixel_values[None], (2, 1), mode="reflect")
             near = torch.where((pixel_values < 2).all(-1, keepdim=True), pixel_values, 0) + (pixel_values < 9).all()
+            nearest, place = pixel_values.min(-1)
+            summed = summed + (nearest * place).sum()
             return summed, largest, countdown, mirrored, near, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
 
     inputs = {"pixel_values": torch.randn(3, 4)}

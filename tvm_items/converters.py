@@ -116,6 +116,16 @@ def convert_extreme(operator, node, importer):
     )
 
 
+def convert_smallest(node, importer):
+    """Converts the smallest along an axis, with its place."""
+    from tvm import relax
+
+    source = importer.env[node.args[0]]
+    axis, keep = node.args[1], node.args[2] if len(node.args) > 2 else False
+    results = relax.op.min(source, axis, keep), relax.op.argmin(source, axis, keep)
+    return importer.block_builder.emit(relax.Tuple([importer.block_builder.emit(result) for result in results]))
+
+
 def convert_all(node, importer):
     """Converts all() of a tensor, or along one axis: the smallest of zeros and ones."""
     from tvm import relax
@@ -142,6 +152,7 @@ CONVERTERS = {
     "all.dim": convert_all,
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
+    "min.dim": convert_smallest,
     "scatter_add.default": convert_scatter_add,
     "floor_divide.default": convert_division,
     "div.Tensor_mode": convert_division,
