@@ -83,6 +83,25 @@ def test_operators_that_the_importer_lacks():
     assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
 
 
+def test_what_is_written_by_indices():
+    """A row, a column and what a mask names; means and extremes of what comes to the same place."""
+
+    class Writing(torch.nn.Module):
+        def forward(self, pixel_values):
+            rows, columns, masked = pixel_values.clone(), pixel_values.clone(), pixel_values.clone()
+            rows[torch.tensor([2, 0])] = pixel_values[:2] * 2
+            columns[:, torch.tensor([1, 3])] = 7.0
+            masked[pixel_values > 0] = 9.0
+            places = torch.tensor([[0, 2, 0, 2], [1, 1, 1, 1], [0, 1, 2, 3]])
+            means = pixel_values.scatter_reduce(1, places, pixel_values * 3, "mean", include_self=False)
+            largest = pixel_values.scatter_reduce(1, places, pixel_values * 3, "amax", include_self=True)
+            return rows, columns, masked, means, largest
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Writing()(**inputs))) < 1e-6
+
+
 def test_divisions_of_integers_by_a_number():
     class Dividing(torch.nn.Module):
         def forward(self, pixel_values):

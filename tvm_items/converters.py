@@ -4,6 +4,7 @@ A converter gets a node of the exported graph and TVM's importer, and returns th
 """
 
 import functools
+import math
 
 import torch
 
@@ -136,6 +137,64 @@ def convert_all(node, importer):
     return importer.block_builder.emit(relax.op.astype(smallest, "bool"))
 
 
+def convert_index_put(node, importer):
+    """Converts what is written to the places that an index or a mask names along one axis, or to those of a mask.
+
+    TVM wants as many indices as the tensor has axes, and lays the values out in another order where one is left open.
+    """
+    from tvm import relax
+
+    emit = importer.block_builder.emit
+    target, (_, indices, *rest) = importer.env[node.args[0]], node.args
+    places = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    accumulate = bool(rest[1]) if len(rest) > 1 else False
+    (axis, index), values = places[0], importer.env[rest[0]]
+    shape, index_value = list(node.args[0].meta["val"].shape), index.meta["val"]
+    if len(places) == 1 and index_value.dtype == torch.bool and rest[0].meta["val"].numel() == 1 and not accumulate:
+        mask = relax.op.reshape(
+            importer.env[index], (*index_value.shape, *[1] * (len(shape) - index_value.ndim - axis))
+        )
+        return emit(relax.op.where(mask, relax.op.reshape(values, ()), target))
+    if len(places) > 1 or index_value.dtype == torch.bool:
+        return importer._index_put(node)
+    count = index_value.numel()
+    written = [*shape[:axis], *index_value.shape, *shape[axis + 1 :]]
+    flat = [*shape[:axis], count, *shape[axis + 1 :]]
+    values = relax.op.reshape(relax.op.broadcast_to(values, written), flat)
+    spread = relax.op.reshape(importer.env[index], [1] * axis + [count] + [1] * (len(shape) - axis - 1))
+    spread = emit(relax.op.broadcast_to(spread, flat))
+    reduction = "add" if accumulate else "update"
+    return emit(relax.op.scatter_elements(target, spread, emit(values), axis, reduction=reduction))
+
+
+def convert_scatter_reduce(node, importer):
+    """Converts what is scattered to the same place and becomes a sum, a product, a mean or an extreme there."""
+    from tvm import relax
+
+    emit = importer.block_builder.emit
+    target, axis, indices, values, kind = (importer.env[a] if isinstance(a, torch.fx.Node) else a for a in node.args)
+    with_self, dtype = node.kwargs.get("include_self", True), target.ty.dtype
+    axis %= target.ty.ndim
+    name, start = {
+        "sum": ("add", 0),
+        "mean": ("add", 0),
+        "prod": ("mul", 1),
+        "amax": ("max", -math.inf),
+        "amin": ("min", math.inf),
+    }[kind]
+    zeros, ones = relax.op.zeros_like(target), relax.op.ones_like(values)
+    count = emit(relax.op.scatter_elements(zeros, indices, ones, axis, reduction="add"))
+    is_met = relax.op.greater(count, relax.const(0, dtype))
+    base = target if with_self else emit(relax.op.where(is_met, relax.const(start, dtype), target))
+    result = emit(relax.op.scatter_elements(base, indices, values, axis, reduction=name))
+    if kind == "mean":
+        count = (
+            relax.op.add(count, relax.const(1, dtype)) if with_self else relax.op.maximum(count, relax.const(1, dtype))
+        )
+        result = emit(relax.op.divide(result, emit(count)))
+    return result
+
+
 def convert_scatter_add(node, importer):
     """Converts a sum of what is scattered to the same place."""
     from tvm import relax
@@ -153,6 +212,8 @@ CONVERTERS = {
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
+    "index_put.default": convert_index_put,
+    "scatter_reduce.two": convert_scatter_reduce,
     "scatter_add.default": convert_scatter_add,
     "floor_divide.default": convert_division,
     "div.Tensor_mode": convert_division,
