@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from small_configs import SIZES, default_config, small_config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import benchmark
@@ -40,6 +39,7 @@ from harness.reference import compute_reference
 from harness.rows import RESULTS
 from harness.version import harness_version
 from harness.weights import load_on_device
+from small_configs import SIZES, default_config, small_config
 from tvm_items.importer import export_for_tvm, import_to_relax
 
 FAMILIES = RESULTS / "families.csv"
