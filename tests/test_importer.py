@@ -64,7 +64,7 @@ def test_indices_in_tensors_count_from_the_end():
 
 
 def test_operators_that_the_importer_lacks():
-    """Converted or decomposed: extremes, all(), sums by place, sorting, counting down, padding by mirror."""
+    """Converted or decomposed: extremes, sums by place, sorting, counting down, windows."""
 
     class Lacking(torch.nn.Module):
         def forward(self, pixel_values):
@@ -72,15 +72,27 @@ def test_operators_that_the_importer_lacks():
             summed = torch.zeros(1, 3).scatter_add(1, places, pixel_values[:1])
             largest = torch.topk(pixel_values, 3, sorted=False).values.sort(stable=True, descending=True).values
             countdown = torch.arange(3, -1, -1) * pixel_values
-            mirrored = torch.nn.functional.pad(pixel_values[None], (2, 1), mode="reflect")
-            near = torch.where((pixel_values < 2).all(-1, keepdim=True), pixel_values, 0) + (pixel_values < 9).all()
+            windows = pixel_values.unfold(1, 2, 1)
             nearest, place = pixel_values.min(-1)
             summed = summed + (nearest * place).sum()
-            return summed, largest, countdown, mirrored, near, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
+            return summed, largest, countdown, windows, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Lacking(), inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
+
+
+def test_indices_along_several_axes_belong_together():
+    """As in ConvBERT's windows; with an axis before, behind and between."""
+
+    class Picking(torch.nn.Module):
+        def forward(self, pixel_values):
+            i, j = torch.tensor([0, 2, 1]), torch.tensor([3, 0, 2])
+            return pixel_values[:, i, j], pixel_values[i, j], pixel_values[i, :, j], pixel_values[:, i[:, None], j]
+
+    inputs = {"pixel_values": torch.randn(3, 4, 5)}
+    run = benchmark.tvm_default(Picking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
 
 
 def test_what_is_written_by_indices():

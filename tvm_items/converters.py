@@ -127,14 +127,28 @@ def convert_smallest(node, importer):
     return importer.block_builder.emit(relax.Tuple([importer.block_builder.emit(result) for result in results]))
 
 
-def convert_all(node, importer):
-    """Converts all() of a tensor, or along one axis: the smallest of zeros and ones."""
+def convert_index(node, importer):
+    """Converts indices in tensors along several axes, x[:, i, j], that belong together element by element.
+
+    TVM takes them one after another where an axis is left open, which gives every combination of their elements.
+    """
     from tvm import relax
 
-    axis, keep = (*node.args[1:], *(None, False)[len(node.args) - 1 :])
-    ones = relax.op.astype(relax.op.astype(importer.env[node.args[0]], "bool"), "int32")
-    smallest = importer.block_builder.emit(relax.op.min(ones, axis=axis, keepdims=keep))
-    return importer.block_builder.emit(relax.op.astype(smallest, "bool"))
+    source, indices = node.args
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(axes) in (1, len(indices)):
+        return importer._index_tensor(node)
+    emit, rank = importer.block_builder.emit, source.meta["val"].ndim
+    others = [axis for axis in range(rank) if axis not in axes]
+    data = emit(relax.op.permute_dims(importer.env[source], axes + others))
+    result = emit(relax.op.index_tensor(data, [importer.env[indices[axis]] for axis in axes]))
+    if axes != list(range(axes[0], axes[-1] + 1)):
+        return result  # what is indexed comes first where other axes stand between
+    # Else it comes where the indices stand.
+    width = node.meta["val"].ndim - len(others)
+    before = list(range(width, width + axes[0]))
+    order = before + list(range(width)) + list(range(width + axes[0], width + len(others)))
+    return emit(relax.op.permute_dims(result, order))
 
 
 def convert_index_put(node, importer):
@@ -207,11 +221,10 @@ def convert_scatter_add(node, importer):
 CONVERTERS = {
     "convert_element_type.default": convert_element_type,
     "any.default": convert_any,
-    "all.default": convert_all,
-    "all.dim": convert_all,
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
+    "index.Tensor": convert_index,
     "index_put.default": convert_index_put,
     "scatter_reduce.two": convert_scatter_reduce,
     "scatter_add.default": convert_scatter_add,
