@@ -9,9 +9,10 @@ import torch
 def output_arrays(outputs):
     """Returns the floating-point tensors of a model's outputs, in order, as fp32 NumPy arrays of their own.
 
-    outputs: a tensor of PyTorch or TVM on any device, or a dict or sequence of outputs; integers and None are left out.
+    outputs: a tensor of PyTorch or TVM on any device, or a dict or sequence of outputs. Integers, Python's own numbers
+    and None are left out.
     """
-    if outputs is None:
+    if outputs is None or isinstance(outputs, (int, float, str)):
         return []
     if hasattr(outputs, "__dlpack__"):
         tensor = torch.from_dlpack(outputs)
@@ -23,17 +24,21 @@ def output_arrays(outputs):
 def relative_error(outputs, reference):
     """Returns the largest ||out - ref|| / ||ref|| over pairs of arrays, in float64; inf where shapes or values are off.
 
-    Raises ValueError where a reference says nothing: none at all, not finite, or all zero.
+    An output of zeros among others must be one of zeros. Raises ValueError where a reference says nothing: none at all,
+    not finite, or all zero.
     """
     if not reference:
         raise ValueError("the reference has no floating-point output")
     if [array.shape for array in outputs] != [array.shape for array in reference]:
         return math.inf
+    if all(np.isfinite(array).all() and not array.any() for array in reference):
+        raise ValueError("the reference is all zero")
     errors = []
     for out, ref in zip(outputs, reference, strict=True):
         norm = np.linalg.norm(ref.astype(np.float64))
-        if not (np.isfinite(norm) and norm > 0):
-            raise ValueError("the reference is not finite" if norm != 0 else "the reference is all zero")
-        error = np.linalg.norm(out.astype(np.float64) - ref) / norm
+        if not np.isfinite(norm):
+            raise ValueError("the reference is not finite")
+        difference = np.linalg.norm(out.astype(np.float64) - ref)
+        error = difference / norm if norm else (0 if difference == 0 else math.inf)
         errors.append(error if np.isfinite(error) else math.inf)
     return float(max(errors))

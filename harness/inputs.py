@@ -1,6 +1,5 @@
-"""A model's inputs, read off its config and the signature of its forward(): there is no table of models."""
+"""A model's inputs: tensors of the shapes that harness/shapes.py finds, with values that mean something to it."""
 
-import inspect
 import math
 import re
 
@@ -9,9 +8,19 @@ import torch
 from harness.case import SEED
 from harness.device import host_memory_bytes
 from harness.errors import UserError, one_line
+from harness.shapes import (
+    find_field,
+    find_shapes,
+    forward_parameters,
+    has_image_tokens,
+    image_config,
+    patch_grid,
+    text_config,
+)
 
 CHANGED_SEED = SEED + 1  # of the inputs that an item gets once it was timed
-AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
+CHARACTERS = 256  # that a model without a vocabulary is fed: it reads code points or bytes
+PAGE = 1000  # what layout models divide a page's width and height into
 
 
 def input_shapes(case):
@@ -36,68 +45,27 @@ def input_shapes(case):
     return shapes
 
 
-def find_shapes(case):
-    """Does the work of input_shapes(), and believes what the config says."""
-    config, batch = case.config, case.batch_size
-    parameters = inspect.signature(case.model_class.forward).parameters
-    main = case.model_class.main_input_name
-    vision, text = getattr(config, "vision_config", None), getattr(config, "text_config", None)
-    image_text = vision is not None and text is not None and {"input_ids", "pixel_values"} <= set(parameters)
-    # Language models that see put image tokens into their text; they are fed text alone.
-    image_text = image_text and not any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
-    shapes = {}
-    if main == "input_ids" or image_text:
-        shapes["input_ids"] = (batch, token_count(case, config.get_text_config()))
-        if "attention_mask" in parameters:
-            shapes["attention_mask"] = shapes["input_ids"]
-    if main == "pixel_values" or image_text:
-        of_images = vision if vision is not None else config
-        size = case.image_size or getattr(of_images, "image_size", None) or 224
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
-        shapes["pixel_values"] = (batch, *frames, getattr(of_images, "num_channels", 3), height, width)
-    if main == "input_values":
-        spectrogram = hasattr(config, "num_mel_bins") and hasattr(config, "max_length")
-        shapes[main] = (batch, config.max_length, config.num_mel_bins) if spectrogram else (batch, AUDIO_SAMPLES)
-    if main == "input_features":
-        if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):  # Whisper's fixed window
-            shapes[main] = (batch, config.num_mel_bins, 2 * config.max_source_positions)
-        else:
-            bins = getattr(config, "input_feat_per_channel", None) or getattr(config, "num_mel_bins", 80)
-            shapes[main] = (batch, AUDIO_SAMPLES // 160, bins)  # a frame every 10 ms
-    if not shapes:
-        raise UserError(f"{case.model_name} takes {main}, which this benchmark does not know how to make")
-    if config.is_encoder_decoder and "decoder_input_ids" in parameters:
-        shapes["decoder_input_ids"] = (batch, token_count(case, config.get_text_config(decoder=True)))
-    return shapes
-
-
 def describe_shapes(case):
     """Returns the shapes in one line, as the row's `input_shape` has them."""
     return " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in input_shapes(case).items())
 
 
-def token_count(case, config):
-    """Returns the number of tokens of a text: the case's seq_len, capped by the positions that the model has."""
-    names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    limits = [getattr(config, name, None) or 0 for name in names]
-    positions = min((limit for limit in limits if limit > 0), default=case.seq_len)  # XLNet's -1: as many as one likes
-    # RoBERTa's kin count positions from behind the padding id; the library does so in a function of this name.
-    source = inspect.getsource(inspect.getmodule(case.model_class))
-    if "create_position_ids_from_input_ids" in source:
-        positions -= (config.pad_token_id or 0) + 1
-    return min(case.seq_len, positions)
-
-
 def make_inputs(case, seed=SEED):
-    """Returns {name: tensor} for the model's forward(), on the CPU: seeded fp32 normal noise, or int64 token ids."""
+    """Returns {name: tensor} for the model's forward(), on the CPU: seeded fp32 normal noise, or int64 ids and masks.
+
+    Masks let everything through; grids and positions of patches are those of whole images.
+    """
     generator = torch.Generator().manual_seed(seed)
-    inputs = {}
+    inputs, parameters = {}, forward_parameters(case)
     for name, shape in input_shapes(case).items():
-        if name == "attention_mask":
+        if name.endswith("input_ids") or (name == "inputs" and len(shape) == 2 and "input_ids" in parameters):
+            inputs[name] = make_tokens(case, shape, generator, is_decoded=name.startswith("decoder"))
+        elif name in ("past_values_padding", "freq", "lang_ids"):  # nothing is padded; the first language, frequency
+            inputs[name] = torch.zeros(shape, dtype=torch.long)
+        elif name in LAID_OUT:
+            inputs[name] = LAID_OUT[name](case, shape, generator)
+        elif name.endswith("_mask"):
             inputs[name] = torch.ones(shape, dtype=torch.long)
-        elif name.endswith("input_ids"):
-            inputs[name] = make_tokens(case, shape, generator)
         else:
             inputs[name] = torch.randn(shape, generator=generator)
     return inputs
@@ -113,20 +81,80 @@ def change_inputs(inputs, case):
         inputs[name].copy_(tensor)
 
 
-def make_tokens(case, shape, generator):
+def make_tokens(case, shape, generator, is_decoded=False):
     """Returns seeded int64 token ids of the given shape, with an end of text where the model's head looks for one.
 
-    The others are ordinary ones: a special token would mask, end or pad.
+    The others are ordinary ones: a special token would mask, end or pad. Only where an image must come with its text,
+    and leaves its features in the places of image tokens, does the text begin with these. is_decoded: whether the
+    decoder of an encoder-decoder model gets them.
     """
-    config = case.config.get_text_config()
+    config = case.config.get_text_config(decoder=True) if is_decoded else text_config(case)
+    vocabulary = find_field(config, "vocab_size", default=CHARACTERS)
     special = set()
     for key, value in [*vars(case.config).items(), *vars(config).items()]:
         if re.search(r"token_(id|index)$", key):  # some models have several ends
             values = value if isinstance(value, (list, tuple)) else [value]
-            special.update(token for token in values if isinstance(token, int) and 0 <= token < config.vocab_size)
-    tokens = torch.randint(config.vocab_size - len(special), shape, generator=generator)  # the n-th ordinary one
+            special.update(token for token in values if isinstance(token, int) and 0 <= token < vocabulary)
+    tokens = torch.randint(vocabulary - len(special), shape, generator=generator)  # the n-th ordinary one
     for token in sorted(special):
         tokens += tokens >= token
     if case.config.is_encoder_decoder and case.model_class.__name__.endswith("ForSequenceClassification"):
         tokens[:, -1] = config.eos_token_id  # T5's and BART's classifiers read the state at the end of the text
+    if not is_decoded and has_image_tokens(case.config) and "pixel_values" in find_shapes(case):
+        count = find_field(case.config, "num_query_tokens", "image_seq_length", default=0)
+        tokens[:, :count] = find_field(case.config, "image_token_id", "image_token_index")
     return tokens
+
+
+# ---- What has a place, of a case, its shape and a generator ----------------------------------------------------
+
+
+def make_boxes(case, shape, generator):
+    """Returns int64 corners of boxes on a page of PAGE x PAGE: x and y of the upper left one come first."""
+    corners = torch.randint(PAGE, (*shape[:-1], shape[-1] // 2, 2), generator=generator)
+    return corners.sort(dim=-2).values.flatten(-2)
+
+
+def make_grids(case, shape, generator):
+    """Returns (frames, rows, columns) of each image's patches."""
+    return torch.tensor([[1, *patch_grid(case)]] * case.batch_size)
+
+
+def make_rows_and_columns(case, shape, generator):
+    """Returns (rows, columns) of each image's patches."""
+    return torch.tensor([patch_grid(case)] * case.batch_size)
+
+
+def make_patch_positions(case, shape, generator):
+    """Returns (column, row) of each patch of each image."""
+    rows, columns = patch_grid(case)
+    positions = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
+    return positions.expand(shape).clone()
+
+
+def make_merge_sizes(case, shape, generator):
+    """Returns for each image how many patches a side are merged into one."""
+    return torch.full(shape, find_field(image_config(case), "spatial_merge_size", default=1))
+
+
+def make_steps(case, shape, generator):
+    """Returns the numbers of an episode's steps."""
+    return torch.arange(shape[1]).expand(shape).clone()
+
+
+def make_image_places(case, shape, generator):
+    """Returns a mask of the places in a text that an image's features take: the first ones."""
+    mask = torch.zeros(shape, dtype=torch.long)
+    mask[:, : find_field(case.config, "latent_query_num", default=0)] = 1
+    return mask
+
+
+LAID_OUT = {
+    "bbox": make_boxes,
+    "grid_thw": make_grids,
+    "spatial_shapes": make_rows_and_columns,
+    "pixel_position_ids": make_patch_positions,
+    "merge_sizes": make_merge_sizes,
+    "timesteps": make_steps,
+    "image_embeds_position_mask": make_image_places,
+}

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
+import torch
 import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
@@ -150,7 +151,10 @@ DEFAULT_HEADS = (
     "MASKED_LM",
     "CAUSAL_LM",
     "CTC",
+    "MASK_GENERATION",
 )
+# And then the plain model, or whatever table of the library's has the family: detection, segmentation, depth, ….
+OTHER_TABLES = tuple(name for name in vars(modeling_auto) if re.fullmatch(r"MODEL_\w+_MAPPING", name))
 
 
 def find_model_class(name, config, task=None):
@@ -166,22 +170,31 @@ def find_model_class(name, config, task=None):
         candidates = [auto._model_mapping.get(type(config), None) for auto in SUPPORTED_TASKS[task]["pt"]]
     else:
         candidates = find_named_classes(name, config.architectures)
-        for mapping in (*(f"MODEL_FOR_{head}_MAPPING" for head in DEFAULT_HEADS), "MODEL_MAPPING"):
+        for mapping in (*(f"MODEL_FOR_{head}_MAPPING" for head in DEFAULT_HEADS), "MODEL_MAPPING", *OTHER_TABLES):
             with contextlib.suppress(ValueError):  # the library's table names a class that the library does not have
-                candidates.append(getattr(modeling_auto, mapping).get(type(config), None))
+                model_class = getattr(modeling_auto, mapping).get(type(config), None)
+                candidates.append(None if is_for_text_alone(model_class, config) else model_class)
     for model_class in candidates:
+        # Some families map to several classes that share a configuration: the first is the plain one.
+        model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
         if model_class is not None:
-            # Some families map to several classes that share a configuration: the first is the plain one.
-            model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
             try:
                 _ = model_class.forward  # refused where a library that the family needs is missing
             except ImportError as error:
                 raise UserError(f"{name}: {one_line(error)}") from None
+            if model_class.forward is torch.nn.Module.forward:
+                raise UserError(f"{name}: {model_class.__name__} has no forward(): it generates, step by step")
             return model_class
     family = type(config).__name__
     if task:
         raise UserError(f"{name}: transformers has no model class with a head for --task {task} for {family}")
     raise UserError(f"{name}: its config names no model class of transformers, and {family} has no usual one")
+
+
+def is_for_text_alone(model_class, config):
+    """Returns whether a class takes the config of the language model inside a model, of which `config` is the whole."""
+    text = type(config.get_text_config(decoder=True))
+    return text is not type(config) and getattr(model_class, "config_class", None) is text
 
 
 def find_named_classes(name, architectures):

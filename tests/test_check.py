@@ -14,6 +14,9 @@ def test_relative_error():
     assert relative_error([np.array([3.0, 4.5], np.float32), reference[1]], reference) == pytest.approx(0.1)
     assert relative_error([np.full(2, np.nan, np.float32), reference[1]], reference) == np.inf
     assert relative_error(reference[:1], reference) == np.inf
+    zeros = np.zeros(3, np.float32)
+    assert relative_error([*reference, zeros], [*reference, zeros]) == 0
+    assert relative_error([*reference, zeros + 1e-9], [*reference, zeros]) == np.inf
     for useless in ([], [np.zeros(3, np.float32)], [np.array([1, np.inf], np.float32)]):
         with pytest.raises(ValueError, match="the reference"):
             relative_error(useless, useless)
@@ -26,6 +29,7 @@ def test_output_arrays_takes_every_floating_point_output_in_order():
     outputs = Output(
         logits=torch.ones(2, dtype=torch.bfloat16),
         none=None,
+        sizes=(2, 3.0),
         ids=torch.ones(1, dtype=torch.long),
         hidden=(torch.zeros(1), [torch.full((3,), 2.0)]),
     )

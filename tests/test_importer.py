@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import ResNetConfig
+from transformers.integrations import moe
 
 import benchmark
 from conftest import make_case
@@ -45,6 +46,106 @@ def test_an_if_on_values_is_exported():
     inputs = {"pixel_values": torch.randn(2, 3)}
     run = benchmark.tvm_default(Clamped(), inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), [2 * inputs["pixel_values"].numpy()]) < 1e-6
+
+
+def test_indices_in_tensors_count_from_the_end():
+    """As in Falcon, whose keys are the last but one of each group of heads; both as constants and as computed."""
+
+    class Picking(torch.nn.Module):
+        def forward(self, pixel_values):
+            computed = (pixel_values[0] > 0).long() - 1  # 0 and -1
+            written = pixel_values.clone()
+            written[:, torch.tensor([-3])] = 5.0
+            return pixel_values[:, [-2, 0]], pixel_values[:, computed], written
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    run = benchmark.tvm_default(Picking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
+
+
+def test_operators_that_the_importer_lacks():
+    """Converted or decomposed: extremes, sums by place, sorting, counting down, windows."""
+
+    class Lacking(torch.nn.Module):
+        def forward(self, pixel_values):
+            places = torch.tensor([[0, 2, 0, 1]])
+            summed = torch.zeros(1, 3).scatter_add(1, places, pixel_values[:1])
+            largest = torch.topk(pixel_values, 3, sorted=False).values.sort(stable=True, descending=True).values
+            countdown = torch.arange(3, -1, -1) * pixel_values
+            windows = pixel_values.unfold(1, 2, 1)
+            nearest, place = pixel_values.min(-1)
+            summed = summed + (nearest * place).sum()
+            return summed, largest, countdown, windows, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Lacking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
+
+
+def test_indices_along_several_axes_belong_together():
+    """As in ConvBERT's windows; with an axis before, behind and between."""
+
+    class Picking(torch.nn.Module):
+        def forward(self, pixel_values):
+            i, j = torch.tensor([0, 2, 1]), torch.tensor([3, 0, 2])
+            return pixel_values[:, i, j], pixel_values[i, j], pixel_values[i, :, j], pixel_values[:, i[:, None], j]
+
+    inputs = {"pixel_values": torch.randn(3, 4, 5)}
+    run = benchmark.tvm_default(Picking(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
+
+
+def test_what_is_written_by_indices():
+    """A row, a column and what a mask names; means and extremes of what comes to the same place."""
+
+    class Writing(torch.nn.Module):
+        def forward(self, pixel_values):
+            rows, columns, masked = pixel_values.clone(), pixel_values.clone(), pixel_values.clone()
+            rows[torch.tensor([2, 0])] = pixel_values[:2] * 2
+            columns[:, torch.tensor([1, 3])] = 7.0
+            masked[pixel_values > 0] = 9.0
+            places = torch.tensor([[0, 2, 0, 2], [1, 1, 1, 1], [0, 1, 2, 3]])
+            means = pixel_values.scatter_reduce(1, places, pixel_values * 3, "mean", include_self=False)
+            largest = pixel_values.scatter_reduce(1, places, pixel_values * 3, "amax", include_self=True)
+            return rows, columns, masked, means, largest
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Writing()(**inputs))) < 1e-6
+
+
+def test_divisions_of_integers_by_a_number():
+    class Dividing(torch.nn.Module):
+        def forward(self, pixel_values):
+            numbers = (pixel_values * 10).long()
+            down, towards_zero = numbers // 3, torch.div(numbers, 3, rounding_mode="trunc")
+            return pixel_values + down, pixel_values + towards_zero
+
+    inputs = {"pixel_values": torch.randn(4, 5)}
+    run = benchmark.tvm_default(Dividing(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Dividing()(**inputs))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mixture_of_experts(dtype):
+    """The library's own products of groups of rows, one of which is empty, as its mixtures of experts use them."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8, 8))
+
+        def forward(self, pixel_values):
+            experts = torch.tensor([3, 0, 0, 1, 3])
+            counts = torch.histc(experts.float(), bins=4, min=0, max=3)
+            return moe._grouped_mm(pixel_values, self.weight, torch.cumsum(counts, 0, dtype=torch.int32))
+
+    model = Experts().to(dtype)
+    inputs = {"pixel_values": torch.randn(5, 8).to(dtype)}
+    with torch.no_grad():
+        run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+        expected = output_arrays(model(**inputs))
+    assert relative_error(output_arrays(run()), expected) < {torch.float32: 1e-6, torch.float16: 2e-3}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

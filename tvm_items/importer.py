@@ -1,4 +1,4 @@
-"""From PyTorch to TVM: torch.export, what is rewritten in the exported graph, and TVM's importer to Relax."""
+"""From PyTorch to TVM: torch.export, and TVM's importer to Relax with the dtypes that PyTorch computes in."""
 
 import contextlib
 import functools
@@ -6,6 +6,17 @@ import unittest.mock
 
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from tvm_items.converters import CONVERTERS
+from tvm_items.exported_graph import (
+    count_from_the_front,
+    count_indices_from_the_front,
+    count_upwards,
+    decompose_unknown,
+    sort_largest,
+    sort_plainly,
+    subtract_integers_by_adding,
+)
 
 aten = torch.ops.aten
 
@@ -38,76 +49,28 @@ def import_to_relax(exported):
     from torch.onnx._internal.fx.passes import InsertTypePromotion
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+    importer = ExportedProgramImporter()
+    exported = decompose_unknown(exported, {*importer.create_convert_map(), *CONVERTERS})
     subtract_integers_by_adding(exported.graph)
+    count_indices_from_the_front(exported)
+    sort_largest(exported.graph)
+    sort_plainly(exported.graph)
+    count_upwards(exported.graph)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
     count_from_the_front(exported.graph)
-    converters = {"convert_element_type.default": convert_element_type, "any.default": convert_any}
     with operators_in_input_dtype():
         module = from_exported_program(
-            exported, keep_params_as_input=True, custom_convert_map=converters, run_ep_decomposition=False
+            exported, keep_params_as_input=True, custom_convert_map=CONVERTERS, run_ep_decomposition=False
         )
     module, weights = relax.frontend.detach_params(module)
     return module, weights["main"]
 
 
-# ---- What is rewritten in the exported graph ------------------------------------------------------------------------
-
-
-def subtract_integers_by_adding(graph):
-    """Makes number - tensor of integers a sum, in place: PyTorch's type promotion pass cannot subtract there.
-
-    XLNet does so with its mask.
-    """
-    for node in graph.find_nodes(op="call_function", target=aten.sub.Tensor):
-        number, tensor = node.args
-        if not isinstance(number, torch.fx.Node) and not tensor.meta["val"].is_floating_point() and not node.kwargs:
-            with graph.inserting_before(node):
-                negative = graph.call_function(aten.neg.default, (tensor,))
-            negative.meta["val"] = -tensor.meta["val"]
-            node.target, node.args = aten.add.Tensor, (negative, number)
-
-
-def count_from_the_front(graph):
-    """Replaces negative indices of select() and negative axes of squeeze(), in place.
-
-    With a negative index, as in hidden[:, -1], the kernel would read in front of the tensor. With a negative axis
-    ConvertLayout, which tvm_tune uses, runs out of memory.
-    """
-    for node in graph.nodes:
-        if node.target == aten.select.int and node.args[2] < 0:
-            source, dim, index = node.args
-            node.args = (source, dim, index + source.meta["val"].shape[dim])
-        elif node.target == aten.squeeze.dims:
-            source, dims = node.args
-            node.args = (source, [dim % source.meta["val"].ndim for dim in dims])
-
-
-# ---- What TVM's importer does not know ------------------------------------------------------------------------------
-# A converter gets a node of the exported graph and TVM's importer, and returns the node's value as a Relax variable.
-
-
-def convert_element_type(node, importer):
-    """Converts the cast that PyTorch's type promotion pass inserts."""
-    from tvm import relax
-
-    dtype = str(node.kwargs["dtype"]).removeprefix("torch.")
-    return importer.block_builder.emit(relax.op.astype(importer.env[node.args[0]], dtype))
-
-
-def convert_any(node, importer):
-    """Converts any() of a whole tensor, by which T5 sees overflow in fp16.
-
-    Axis by axis: TVM's default schedule gives a reduction to a scalar one thread of the GPU.
-    """
-    from tvm import relax
-
-    largest = relax.op.astype(importer.env[node.args[0]], "int32")
-    for _ in node.args[0].meta["val"].shape:
-        largest = importer.block_builder.emit(relax.op.max(largest, axis=-1))
-    return importer.block_builder.emit(relax.op.astype(largest, "bool"))
+# ---- Dtypes --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

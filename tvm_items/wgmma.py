@@ -71,6 +71,8 @@ class Config:
 class WgmmaTemplate:
     """The kernels of a task that differ in their parameters; templates.py says what a template is."""
 
+    number = 101  # among a task's design spaces: see templates.py
+
     task: ProductTask  # in fp16 or bf16
     max_shared_bytes: int  # of a block
 

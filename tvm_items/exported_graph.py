@@ -1,0 +1,148 @@
+"""What TVM's importer refuses or gets wrong, rewritten in the exported graph before the import."""
+
+import torch
+
+aten = torch.ops.aten
+
+# Operators that give the values of their first argument in another shape or dtype.
+SAME_VALUES = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.expand.default,
+    aten.lift_fresh_copy.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten._to_copy.default,
+}
+
+
+def subtract_integers_by_adding(graph):
+    """Makes number - tensor of integers a sum, in place: PyTorch's type promotion pass cannot subtract there.
+
+    XLNet does so with its mask.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.sub.Tensor):
+        number, tensor = node.args
+        if not isinstance(number, torch.fx.Node) and not tensor.meta["val"].is_floating_point() and not node.kwargs:
+            with graph.inserting_before(node):
+                negative = graph.call_function(aten.neg.default, (tensor,))
+            negative.meta["val"] = -tensor.meta["val"]
+            node.target, node.args = aten.add.Tensor, (negative, number)
+
+
+def count_from_the_front(graph):
+    """Replaces negative indices of select() and negative axes of squeeze(), in place.
+
+    With a negative index, as in hidden[:, -1], the kernel would read in front of the tensor. With a negative axis
+    ConvertLayout, which tvm_tune uses, runs out of memory.
+    """
+    for node in graph.nodes:
+        if node.target == aten.select.int and node.args[2] < 0:
+            source, dim, index = node.args
+            node.args = (source, dim, index + source.meta["val"].shape[dim])
+        elif node.target == aten.squeeze.dims:
+            source, dims = node.args
+            node.args = (source, [dim % source.meta["val"].ndim for dim in dims])
+
+
+def count_indices_from_the_front(exported):
+    """Adds the size of an axis to the negative indices in tensors, x[:, [-2]], in an ExportedProgram, in place.
+
+    TVM's kernels take them as they are and read or write in front of the tensor (upstream: apache/tvm#20297).
+    """
+    constants = find_constants(exported)
+    for node in exported.graph.nodes:
+        if node.target not in (aten.index.Tensor, aten.index_put.default):
+            continue
+        source, indices, *rest = node.args
+        counted = []
+        for size, index in zip(source.meta["val"].shape, indices):
+            may_be_negative = index is not None and has_negatives(index, constants)
+            counted.append(add_to_negatives(exported.graph, node, index, size) if may_be_negative else index)
+        node.args = (source, counted, *rest)
+
+
+def sort_largest(graph):
+    """Makes every topk() a sorted one, in place: TVM has no other, and an order that nobody asked for may be any."""
+    for node in graph.find_nodes(op="call_function", target=aten.topk.default):
+        values, k, dim, largest, _ = (*node.args, *(-1, True, True)[len(node.args) - 2 :])
+        node.args = (values, k, dim, largest, True)
+
+
+def sort_plainly(graph):
+    """Makes every stable sort() a plain one, in place: TVM's is stable."""
+    for node in graph.find_nodes(op="call_function", target=aten.sort.stable):
+        dim, descending = node.kwargs.get("dim", -1), node.kwargs.get("descending", False)
+        node.target, node.args, node.kwargs = aten.sort.default, (node.args[0], dim, descending), {}
+
+
+def count_upwards(graph):
+    """Makes every arange() that counts down one that counts up, times its step, in place.
+
+    Of whole numbers TVM takes two more steps than there are: its formula for their number rounds as for a step upwards.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=aten.arange.start_step)):
+        start, _, step = (*node.args, 1)[:3]
+        if step >= 0:
+            continue
+        value = node.meta["val"]
+        with graph.inserting_before(node):
+            upwards = graph.call_function(aten.arange.start_step, (0, value.shape[0], 1), dict(node.kwargs))
+            scaled = graph.call_function(aten.mul.Tensor, (upwards, step))
+            shifted = graph.call_function(aten.add.Tensor, (scaled, start))
+        upwards.meta["val"] = scaled.meta["val"] = shifted.meta["val"] = value
+        node.replace_all_uses_with(shifted)
+        graph.erase_node(node)
+
+
+def decompose_unknown(exported, known):
+    """Returns an ExportedProgram without the operators that TVM lacks and PyTorch can decompose.
+
+    exported: itself returned where there are none. known: names of operators, as "amax.default".
+    """
+    table = torch._decomp.decomposition_table
+    unknown = {node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    unknown = {operator for operator in unknown if operator.__name__ not in known and operator in table}
+    if unknown:
+        exported = exported.run_decompositions({operator: table[operator] for operator in unknown})
+    for node in exported.graph.find_nodes(op="call_function", target=aten._unsafe_index.Tensor):
+        node.target = aten.index.Tensor  # decompositions promise that their indices are within bounds
+    return exported
+
+
+def find_constants(exported):
+    """Returns {name of a placeholder: tensor} of an ExportedProgram's buffers and constants."""
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    values = {**exported.state_dict, **exported.constants}
+    return {name: values[target] for name, target in targets.items() if target in values}
+
+
+def has_negatives(index, constants):
+    """Returns whether an index, a node of an exported graph, may hold negative numbers: a mask never does."""
+    if index.meta["val"].dtype == torch.bool:
+        return False
+    while index.target in SAME_VALUES:
+        index = index.args[0]
+    if index.op == "placeholder" and index.name in constants:
+        return bool((constants[index.name] < 0).any())
+    if index.target == aten.arange.start_step:
+        start, _, step = (*index.args, 1)[:3]
+        return start < 0 or step < 0
+    return True
+
+
+def add_to_negatives(graph, user, index, size):
+    """Returns a node of what `index` is to its node `user` when it is counted from the front of an axis."""
+    with graph.inserting_before(user):
+        is_negative = graph.call_function(aten.lt.Scalar, (index, 0))
+        from_the_front = graph.call_function(aten.add.Tensor, (index, size))
+        counted = graph.call_function(aten.where.self, (is_negative, from_the_front, index))
+    value = index.meta["val"]
+    is_negative.meta["val"], from_the_front.meta["val"], counted.meta["val"] = value < 0, value + size, value
+    return counted
