@@ -22,24 +22,25 @@ def extract_tasks(module, target):
     import tvm
     from tvm import relax
     from tvm.s_tir.meta_schedule.relax_integration import extract_tasks
-    from tvm.s_tir.meta_schedule.utils import shash2hex
 
     of_inference = {name: f for name, f in module.functions.items() if name.name_hint != "main_transform_params"}
     module = relax.transform.DeadCodeElimination(["main"])(tvm.IRModule(of_inference))
     tasks = []
     for task in extract_tasks(module, target):
-        parameters = task.mod["main"].params
-        if all(isinstance(size, tvm.tirx.IntImm) for parameter in parameters for size in parameter.ty.shape):
-            tasks.append(
-                Task(
-                    key=shash2hex(task.mod),
-                    name=task.task_name,
-                    launches=int(task.weight),
-                    module_json=tvm.ir.save_json(task.mod),
-                    arguments=tuple((str(p.ty.dtype), tuple(int(size) for size in p.ty.shape)) for p in parameters),
-                )
-            )
+        sizes = [size for parameter in task.mod["main"].params for size in parameter.ty.shape]
+        if all(isinstance(size, tvm.tirx.IntImm) for size in sizes):
+            tasks.append(make_task(task.mod, task.task_name, int(task.weight)))
     return tasks
+
+
+def make_task(module, name, launches):
+    """Returns the Task of an IRModule whose "main" is one fused operator, before scheduling."""
+    import tvm
+    from tvm.s_tir.meta_schedule.utils import shash2hex
+
+    parameters = module["main"].params
+    arguments = tuple((str(p.ty.dtype), tuple(int(size) for size in p.ty.shape)) for p in parameters)
+    return Task(shash2hex(module), name, launches, tvm.ir.save_json(module), arguments)
 
 
 def default_schedule(module, target):
