@@ -140,16 +140,33 @@ def contiguous_run(indices, shape, variable, extent, condition=None, limit=8):
     They lie behind one another, the first at a multiple of their number, for every multiple of it that the variable
     takes, and all of them meet the condition or none. 1 where that is not known. extent: of the variable.
     """
-    from tvm.sym import Analyzer, detect_linear_equation
+    from tvm import ir, tirx
+    from tvm.sym import Analyzer
 
     if variable is None or (condition is not None and uses(condition, variable)):
         return 1
     offset = flat_offset(indices, shape)
-    parts = detect_linear_equation(offset, [variable])
-    if len(parts) != 2 or not hasattr(parts[0], "value") or int(parts[0].value) != 1:
-        return 1
-    rest = Analyzer().modular_set(parts[1])
+    dtype = dtype_of(variable)
+    number, within = tirx.Var("number", dtype), tirx.Var("within", dtype)
     run = limit
-    while extent % run or rest.coeff % run or rest.base % run:
+    while run > 1:
+        analyzer, first = Analyzer(), number * run
+        analyzer.bind(number, ir.Range(0, max(1, extent // run)))
+        analyzer.bind(within, ir.Range(0, run))
+        start, element = (replace_variable(offset, variable, value) for value in (first, first + within))
+        alignment = analyzer.modular_set(analyzer.simplify(start))
+        is_contiguous = analyzer.can_prove_equal(element, start + within)
+        if extent % run == 0 and is_contiguous and alignment.coeff % run == 0 and alignment.base % run == 0:
+            break
         run //= 2
     return run
+
+
+def replace_variable(expression, variable, value):
+    """Returns a TIR expression with a variable replaced by a value of the same dtype; constants keep theirs."""
+    from tvm import tirx
+
+    def replace(part):
+        return value if variable.same_as(part) else part if isinstance(part, tirx.IntImm) else None
+
+    return rewrite(expression, replace)

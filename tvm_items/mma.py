@@ -84,7 +84,7 @@ class MmaTemplate:
         if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
             return False
         steps = self.steps(config)
-        if not parts_fit(steps, config.parts) or (config.staged and config.parts > 1):
+        if not parts_fit(self.task, steps, config.parts) or (config.staged and config.parts > 1):
             return False
         if config.stages > max(2, steps // config.parts + 1):
             return False

@@ -3,6 +3,7 @@
 from tvm_items.output_tile import emit_reduction
 
 MIN_STEPS_OF_A_PART = 2  # of a sum that is split
+MAX_PARTIAL_SUMS = 2**22  # of a task: 16 MiB, which stay in the L2 cache until they are added up
 
 
 def make_module(task, parts, emit_kernel):
@@ -50,9 +51,11 @@ def steps_of_part(steps, parts, part):
     return part * per_part, count
 
 
-def parts_fit(steps, parts):
-    """Returns whether each part of a sum in so many steps has enough of them."""
-    return parts == 1 or steps - -(-steps // parts) * (parts - 1) >= MIN_STEPS_OF_A_PART
+def parts_fit(task, steps, parts):
+    """Returns whether sums in so many steps can be split: each part has enough of them, and they are not too many."""
+    outputs = task.batch.extent * task.rows.extent * task.columns.extent
+    smallest = steps - -(-steps // parts) * (parts - 1)
+    return parts == 1 or (smallest >= MIN_STEPS_OF_A_PART and outputs * parts <= MAX_PARTIAL_SUMS)
 
 
 def locate(tile_number, row_tiles, column_tiles, group):

@@ -94,7 +94,7 @@ class WgmmaTemplate:
             return False
         if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
             return False
-        if not parts_fit(self.steps, config.parts) or (config.staged and config.parts > 1):
+        if not parts_fit(self.task, self.steps, config.parts) or (config.staged and config.parts > 1):
             return False
         if config.stages > max(2, self.steps // config.parts + 1):
             return False
