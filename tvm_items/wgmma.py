@@ -1,7 +1,7 @@
 """A template for products on Hopper's tensor cores: wgmma, whose operands come from shared memory.
 
 Warpgroups that multiply and threads that copy are different ones, and tell one another by mbarriers which stage of the
-shared memory is full and which is empty. Copies are TMA's, by one thread, where an operand is a plain matrix; else all
+shared memory is full and which is empty. One thread has TMA copy operands that are plain matrices; for others the
 threads of a warpgroup compute addresses for cp.async, as a convolution's window asks for. The structure is that of
 CUTLASS's warp-specialized kernels (https://github.com/NVIDIA/cutlass, sm90_mma_tma_gmma_ss_warpspecialized.hpp).
 """
@@ -31,7 +31,7 @@ STAGES = (2, 3, 4, 5, 6, 8)
 GROUPS = (1, 4, 8, 16)  # as in mma.py
 PARTS = (1, 2, 3, 4, 6, 8)
 STAGED = (False, True)
-TMA = (True, False)  # else cp.async
+TMA = (True, False)  # of what is a matrix; else, and for the rest, cp.async
 PARAMETERS = (ROWS, COLUMNS, CONSUMERS, STAGES, GROUPS, PARTS, STAGED, TMA)
 
 
@@ -61,10 +61,6 @@ class Config:
     @property
     def consumer_threads(self):
         return self.consumers * WARPGROUP_THREADS
-
-    @property
-    def producer_threads(self):
-        return WARP_THREADS if self.tma else WARPGROUP_THREADS
 
 
 @dataclasses.dataclass
@@ -98,7 +94,7 @@ class WgmmaTemplate:
             return False
         if config.stages > max(2, self.steps // config.parts + 1):
             return False
-        if config.tma and not self.can_use_tma:
+        if config.tma and not any(self.are_matrices):
             return False
         return self.shared_bytes(config) <= self.max_shared_bytes
 
@@ -110,8 +106,9 @@ class WgmmaTemplate:
         )
 
     @functools.cached_property
-    def can_use_tma(self):
-        return all(map(is_matrix, (self.task.left, self.task.right)))
+    def are_matrices(self):
+        """Whether TMA can copy the left and the right operand."""
+        return is_matrix(self.task.left), is_matrix(self.task.right)
 
     @property
     def steps(self):
@@ -148,6 +145,8 @@ class Kernel:
     def __init__(self, template, config):
         self.task, self.config, self.steps = template.task, config, template.steps
         self.left, self.right = template.tiles(config)
+        self.by_tma = [config.tma and is_matrix for is_matrix in template.are_matrices]
+        self.producer_threads = WARP_THREADS if all(self.by_tma) else WARPGROUP_THREADS
         self.data_elements = template.data_bytes(config) // 2
         self.stage_elements = self.left.elements + self.right.elements
         self.row_tiles = -(-self.task.rows.extent // config.rows)
@@ -159,12 +158,15 @@ class Kernel:
         from tvm.tirx.script.builder import ir as build
 
         config, task, self.buffers = self.config, self.task, buffers
-        maps = [self.encode_map(tile, name) for tile, name in ((self.left, "left_map"), (self.right, "right_map"))]
+        self.maps = [
+            self.encode_map(tile, name) if by_tma else None
+            for tile, name, by_tma in zip((self.left, self.right), ("left_map", "right_map"), self.by_tma)
+        ]
         with (
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as self.batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
-            build.launch_thread("threadIdx.x", config.consumer_threads + config.producer_threads) as thread,
+            build.launch_thread("threadIdx.x", config.consumer_threads + self.producer_threads) as thread,
         ):
             row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
             self.first_row = build.Bind(row_tile * config.rows)
@@ -176,7 +178,8 @@ class Kernel:
             )
             with build.If(thread == 0), build.Then():
                 for stage in range(config.stages):
-                    self.init(self.full(stage), 1 if config.tma else config.producer_threads)
+                    arrivals = any(self.by_tma) + (0 if all(self.by_tma) else self.producer_threads)
+                    self.init(self.full(stage), arrivals)
                     self.init(self.empty(stage), config.consumer_threads // WARP_THREADS)
                 build.evaluate(T.ptx["fence.proxy.async"]())
             build.evaluate(T.cuda.cta_sync())
@@ -184,11 +187,13 @@ class Kernel:
                 with build.Then():
                     self.emit_consumer(thread, count, partial, part)
                 with build.Else():
-                    if config.tma:
-                        with build.If(thread == config.consumer_threads), build.Then():
-                            self.emit_tma_producer(count, maps)
+                    producer = build.Bind(thread - config.consumer_threads)
+                    if all(self.by_tma):
+                        with build.If(producer == 0), build.Then(), build.serial(count) as step:
+                            self.wait_for_empty(step)
+                            self.copy_by_tma(step)
                     else:
-                        self.emit_producer(thread - config.consumer_threads, count)
+                        self.emit_producer(producer, count)
 
     # ---- Barriers
 
@@ -231,12 +236,10 @@ class Kernel:
     # ---- Copies
 
     def encode_map(self, tile, name):
-        """Emits, on the host, the tensor map by which TMA copies a tile; returns its variable, None without TMA."""
+        """Emits, on the host, the tensor map by which TMA copies a tile, and returns its variable."""
         from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        if not self.config.tma:
-            return None
         operand, line = tile.operand, LINE_BYTES // tile.element_bytes
         strides = linear_strides(operand)
         batch, outputs, terms = range(3)
@@ -261,37 +264,37 @@ class Kernel:
         )
         return tensor_map
 
-    def emit_tma_producer(self, count, maps):
-        """Emits what the thread does that copies by TMA, for `count` steps."""
+    def places(self, step):
+        """Returns (tile, start in shared memory, first row or column, first term, whether by TMA) of both operands."""
+        start = step % self.config.stages * self.stage_elements
+        term = (self.first_step + step) * TERMS
+        return (
+            (self.left, start, self.first_row, term, self.by_tma[0]),
+            (self.right, start + self.left.elements, self.first_column, term, self.by_tma[1]),
+        )
+
+    def copy_by_tma(self, step):
+        """Emits what one thread does to have TMA copy what it copies of a step; what is out of bounds becomes 0."""
         from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        with build.serial(count) as step:
-            stage = step % self.config.stages
-            self.wait_for_empty(step)
-            stage_bytes = T.uint32(self.stage_elements * self.left.element_bytes)
-            build.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](self.full(stage), stage_bytes))
-            term = (self.first_step + step) * TERMS
-            start = stage * self.stage_elements
-            self.copy_by_tma(self.left, maps[0], start, self.first_row, term, self.full(stage))
-            start += self.left.elements
-            self.copy_by_tma(self.right, maps[1], start, self.first_column, term, self.full(stage))
-
-    def copy_by_tma(self, tile, tensor_map, start, output, term, barrier):
-        """Emits the copies of a tile's panels into shared memory from `start`; what is out of bounds becomes 0."""
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        operand, line = tile.operand, LINE_BYTES // tile.element_bytes
-        batch = [self.batch] if operand.axes[0].extent > 1 else []
-        copy = T.ptx[f"cp.async.bulk.tensor.{2 + len(batch)}d.shared::cluster.global.mbarrier::complete_tx::bytes"]
-        for panel in range(tile.line // line):
-            place = [term, output] if operand.along_terms else [output + panel * line, term]
-            address = T.address_of(self.shared[start + panel * tile.lines * line])
-            build.evaluate(copy(address, T.address_of(tensor_map), *place, *batch, barrier))
+        barrier = self.full(step % self.config.stages)
+        copied = sum(tile.elements * tile.element_bytes for tile, *_, by_tma in self.places(step) if by_tma)
+        build.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](barrier, T.uint32(copied)))
+        for (tile, start, output, term, by_tma), tensor_map in zip(self.places(step), self.maps):
+            if not by_tma:
+                continue
+            operand, line = tile.operand, LINE_BYTES // tile.element_bytes
+            batch = [self.batch] if operand.axes[0].extent > 1 else []
+            kind = f"{2 + len(batch)}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            for panel in range(tile.line // line):
+                place = [term, output] if operand.along_terms else [output + panel * line, term]
+                address = T.address_of(self.shared[start + panel * tile.lines * line])
+                copy = T.ptx[f"cp.async.bulk.tensor.{kind}"]
+                build.evaluate(copy(address, T.address_of(tensor_map), *place, *batch, barrier))
 
     def emit_producer(self, thread, count):
-        """Emits what the threads do that copy by cp.async, for `count` steps; thread: the number of one of them.
+        """Emits what the threads of a producing warpgroup do for `count` steps; thread: the number of one of them.
 
         A thread says that a stage is full when its own copies are there, while later ones are on their way, and after
         a fence: wgmma reads by another proxy than cp.async writes.
@@ -299,7 +302,7 @@ class Kernel:
         from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        stages, threads = self.config.stages, self.config.producer_threads
+        stages, threads = self.config.stages, self.producer_threads
         # Not stages - 1: a stage becomes empty only when the one after it is multiplied. And one less, so that those
         # who multiply need not wait for the addresses of the next copies.
         on_their_way = max(0, stages - 3)
@@ -310,12 +313,13 @@ class Kernel:
 
         with build.serial(count) as step:
             self.wait_for_empty(step)
-            start = step % stages * self.stage_elements
-            term = (self.first_step + step) * TERMS
-            common = (thread, threads, self.batch)
-            copy_tile(self.left, self.buffers, self.shared, start, *common, self.first_row, term)
-            start += self.left.elements
-            copy_tile(self.right, self.buffers, self.shared, start, *common, self.first_column, term)
+            if any(self.by_tma):
+                with build.If(thread == 0), build.Then():
+                    self.copy_by_tma(step)
+            for tile, start, output, term, by_tma in self.places(step):
+                if not by_tma:
+                    common = (thread, threads, self.batch, output, term)
+                    copy_tile(tile, self.buffers, self.shared, start, *common)
             build.evaluate(T.ptx["cp.async.commit_group"]())
             with build.If(step >= on_their_way), build.Then():
                 build.evaluate(T.ptx["cp.async.wait_group"](on_their_way))
