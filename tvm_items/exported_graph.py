@@ -100,21 +100,6 @@ def count_upwards(graph):
         graph.erase_node(node)
 
 
-def decompose_unknown(exported, known):
-    """Returns an ExportedProgram without the operators that TVM lacks and PyTorch can decompose.
-
-    exported: itself returned where there are none. known: names of operators, as "amax.default".
-    """
-    table = torch._decomp.decomposition_table
-    unknown = {node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    unknown = {operator for operator in unknown if operator.__name__ not in known and operator in table}
-    if unknown:
-        exported = exported.run_decompositions({operator: table[operator] for operator in unknown})
-    for node in exported.graph.find_nodes(op="call_function", target=aten._unsafe_index.Tensor):
-        node.target = aten.index.Tensor  # decompositions promise that their indices are within bounds
-    return exported
-
-
 def find_constants(exported):
     """Returns {name of a placeholder: tensor} of an ExportedProgram's buffers and constants."""
     signature = exported.graph_signature

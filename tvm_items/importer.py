@@ -12,7 +12,6 @@ from tvm_items.exported_graph import (
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
-    decompose_unknown,
     sort_largest,
     sort_plainly,
     subtract_integers_by_adding,
@@ -49,10 +48,7 @@ def import_to_relax(exported):
     from torch.onnx._internal.fx.passes import InsertTypePromotion
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
-    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-    importer = ExportedProgramImporter()
-    exported = decompose_unknown(exported, {*importer.create_convert_map(), *CONVERTERS})
     subtract_integers_by_adding(exported.graph)
     count_indices_from_the_front(exported)
     sort_largest(exported.graph)
