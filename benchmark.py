@@ -179,7 +179,7 @@ def tvm_default(model, inputs, case):
 def tvm_tuned(model, inputs, case):
     """The same with the graph simplified, operators on weights run once, and each task's best schedule so far."""
     database = tuning.find_database(case)
-    exported = export_for_tvm(model, inputs)
+    exported = export_for_tvm(model, inputs, whole_attention=True)
     target = load_target(find_target(case.device))
     module, weights = tuned_module(exported, target, PRECISIONS[case.precision].tf32)
     module, pipeline = apply_database(module, target, database), passes_after_scheduling(target)

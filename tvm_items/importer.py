@@ -7,6 +7,7 @@ import unittest.mock
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from tvm_items.attention import SDPA, convert_attention, decompose_attention
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     count_from_the_front,
@@ -20,20 +21,23 @@ from tvm_items.exported_graph import (
 aten = torch.ops.aten
 
 
-def export_for_tvm(model, inputs):
+def export_for_tvm(model, inputs, whole_attention=False):
     """Returns the model's decomposed torch.export.ExportedProgram for `inputs`, {name: tensor} for its forward.
 
     On the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only. Attention as
-    matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2. Only a draft
-    gets past an `if` on values (BART clamps what overflows in fp16); it follows one branch and asserts the rest, which
-    TVM does not know.
+    matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2. With
+    `whole_attention` it stays one operator where attention.py has it as one task. Only a draft gets past an `if` on
+    values (BART clamps what overflows in fp16); it follows one branch and asserts the rest, which TVM does not know.
     """
     arguments = model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()}
+    table = torch.export.default_decompositions()
+    if whole_attention:
+        table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         try:
-            return torch.export.export(*arguments).run_decompositions()
+            return torch.export.export(*arguments).run_decompositions(table)
         except GuardOnDataDependentSymNode:
-            exported = torch.export.draft_export(*arguments).run_decompositions()
+            exported = torch.export.draft_export(*arguments).run_decompositions(table)
     for assertion in exported.graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         exported.graph.erase_node(assertion)
     exported.graph.eliminate_dead_code()
@@ -58,9 +62,10 @@ def import_to_relax(exported):
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
     count_from_the_front(exported.graph)
+    converters = CONVERTERS | {"scaled_dot_product_attention.default": convert_attention}
     with operators_in_input_dtype():
         module = from_exported_program(
-            exported, keep_params_as_input=True, custom_convert_map=CONVERTERS, run_ep_decomposition=False
+            exported, keep_params_as_input=True, custom_convert_map=converters, run_ep_decomposition=False
         )
     module, weights = relax.frontend.detach_params(module)
     return module, weights["main"]

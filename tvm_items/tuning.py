@@ -130,7 +130,7 @@ def make_tasks(case, target_json):
     """Returns the Tasks of the case's model."""
     with arithmetic(case.precision) as dtype, torch.no_grad():
         model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
-        exported = export_for_tvm(model, inputs)
+        exported = export_for_tvm(model, inputs, whole_attention=True)
     target = load_target(target_json)
     module, _ = tuned_module(exported, target, PRECISIONS[case.precision].tf32)
     return extract_tasks(module, target)

@@ -1,0 +1,142 @@
+"""Attention as one operator: through export and import, one task, with the numbers of eager PyTorch."""
+
+import math
+import re
+
+import pytest
+import torch
+from transformers import ResNetConfig
+
+from conftest import make_case
+from harness.check import output_arrays, relative_error
+from tvm_items.attention import read_attention
+from tvm_items.executable import compile_and_bind, passes_after_scheduling
+from tvm_items.importer import export_for_tvm
+from tvm_items.measure import build_options
+from tvm_items.relax_module import tuned_module
+from tvm_items.tasks import extract_tasks
+
+BATCH, TOKENS, HEADS = 2, 11, 4
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+class SelfAttention(torch.nn.Module):
+    """Attention between the projections of a Transformer; `mask` and `options` are PyTorch's."""
+
+    def __init__(self, key_heads=HEADS, head_dim=32, repeat=False, mask=None, **options):
+        super().__init__()
+        self.query, self.out = torch.nn.Linear(24, HEADS * head_dim), torch.nn.Linear(HEADS * head_dim, 24)
+        self.key, self.value = (torch.nn.Linear(24, key_heads * head_dim) for _ in range(2))
+        self.head_dim, self.repeat, self.options = head_dim, repeat, options
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        query, key, value = (
+            linear(x).view(BATCH, TOKENS, -1, self.head_dim).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        if self.repeat:  # as transformers does where there is a mask
+            key, value = (
+                t[:, :, None].expand(-1, -1, HEADS // t.shape[1], -1, -1).reshape(query.shape) for t in (key, value)
+            )
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, self.mask, **self.options)
+        return self.out(attended.transpose(1, 2).contiguous().view(BATCH, TOKENS, -1))
+
+
+def padding(*shape):
+    """A mask that hides the last keys of the first sample, and of another query, where it has them, all."""
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[0, ..., -4:] = False
+    if shape[-2] > 1:
+        mask[-1, ..., 3, :] = False
+    return mask
+
+
+def biases(*shape):
+    """A mask of numbers to add, of which some hide a key in one or the other of the two usual ways."""
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask[..., 1], mask[..., 2] = -math.inf, torch.finfo(mask.dtype).min
+    return mask
+
+
+WHOLE = {
+    "no mask": {},
+    "scale": {"scale": -0.3},
+    "causal": {"is_causal": True},
+    "mask of keys": {"mask": padding(BATCH, 1, 1, TOKENS).expand(BATCH, 1, TOKENS, TOKENS)},
+    "mask of queries and keys": {"mask": padding(BATCH, HEADS, TOKENS, TOKENS)},
+    "mask without batch": {"mask": padding(1, TOKENS, TOKENS)[0]},
+    "biases": {"mask": biases(1, HEADS, TOKENS, TOKENS)},
+    "grouped": {"key_heads": 2, "enable_gqa": True},
+    "repeated": {"key_heads": 2, "repeat": True, "mask": padding(BATCH, 1, TOKENS, TOKENS)},
+    "one key head": {"key_heads": 1, "repeat": True, "is_causal": True},
+}
+
+
+def prepare(tvm, model, x):
+    """Returns (exported program, Relax module, weights, target) as tvm_tune has them before it schedules."""
+    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    exported = export_for_tvm(model, {"x": x}, whole_attention=True)
+    return exported, *tuned_module(exported, target), target
+
+
+def run_unscheduled(exported, module, weights, target, x):
+    """Returns what tvm_tune computes without a database on the CPU."""
+    case, pipeline = make_case(ResNetConfig()), passes_after_scheduling(target)
+    run = compile_and_bind(module, weights, exported, {"x": x}, target, case, pipeline, build_options(target))
+    return output_arrays(run())
+
+
+def called_functions(module):
+    return re.findall(r"call_tir\((\w+),", module["main"].script())
+
+
+# In half precision one that has all that there is: LLVM takes 10 s for each.
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [*((kind, torch.float32) for kind in WHOLE), ("repeated", torch.float16), ("repeated", torch.bfloat16)],
+)
+@torch.no_grad()
+def test_attention_is_one_task_without_transpositions(tvm, kind, dtype):
+    options = WHOLE[kind]
+    torch.manual_seed(0)
+    model, x = SelfAttention(**options).eval(), torch.randn(BATCH, TOKENS, 24)
+    expected = model(x).numpy()
+    model, x = model.to(dtype), x.to(dtype)
+    prepared = _, module, _, target = prepare(tvm, model, x)
+    assert relative_error(run_unscheduled(*prepared, x), [expected]) < TOLERANCES[dtype]
+    assert not any("transpose" in name for name in called_functions(module))
+    attentions = [read_attention(tvm.ir.load_json(task.module_json)) for task in extract_tasks(module, target)]
+    (attention,) = filter(None, attentions)
+    assert attention.heads == HEADS and attention.key_heads == options.get("key_heads", HEADS)
+    assert attention.is_causal == options.get("is_causal", False)
+    mask = options.get("mask")
+    assert (attention.mask_dtype is None) == (mask is None)
+
+
+APART = {
+    "no mask": {"head_dim": 72},
+    "causal": {"head_dim": 72, "is_causal": True},
+    "mask": {"head_dim": 72, "mask": padding(BATCH, 1, TOKENS, TOKENS)},
+    "biases": {"head_dim": 72, "mask": biases(1, HEADS, TOKENS, TOKENS)},
+    "grouped": {"head_dim": 72, "key_heads": 2, "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+@torch.no_grad()
+def test_attention_of_other_head_dims_stays_apart(tvm, kind):
+    torch.manual_seed(0)
+    model, x = SelfAttention(**APART[kind]).eval(), torch.randn(BATCH, TOKENS, 24)
+    outputs = run_unscheduled(*prepare(tvm, model, x), x)
+    assert relative_error(outputs, [model(x).numpy()]) < TOLERANCES[torch.float32]
+
+
+@torch.no_grad()
+def test_attention_that_stays_apart_is_in_its_dtype(tvm):
+    """So that tensor cores can have its products; and it has no kernel for a mask that is not there."""
+    model, x = SelfAttention(**APART["no mask"]).eval().half(), torch.randn(BATCH, TOKENS, 24).half()
+    _, module, _, target = prepare(tvm, model, x)
+    operands = [task.arguments[0] for task in extract_tasks(module, target) if "matmul" in task.name]
+    assert [dtype for dtype, shape in operands if shape[0] == BATCH * HEADS] == ["float16", "float16"]
+    assert not any("where" in name or "equal" in name for name in called_functions(module))
