@@ -187,6 +187,8 @@ def translate_store(match, address, values):
     return f"{{ void* to = {target}; {copies} }}"
 
 
+PACKING = {"f16": "__floats2half2_rn", "bf16": "__floats2bfloat162_rn"}
+
 # Patterns of opcodes and what writes the C++ of such an instruction from its operands.
 INSTRUCTIONS = {
     r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)?": translate_copy,
@@ -230,6 +232,9 @@ INSTRUCTIONS = {
     r"bra(?:\.uni)?": lambda _, label: f"goto {label}",
     r"ld\.(shared|global)(?:::cta)?((?:\.v\d)?(?:\.[a-z]\w*)*?(?:\.v\d)?)\.[bufs](\d+)": translate_load,
     r"st\.(shared|global)(?:::cta)?((?:\.v\d)?(?:\.[a-z]\w*)*?(?:\.v\d)?)\.[bufs](\d+)": translate_store,
+    r"cvt\.rn\.(f16|bf16)x2\.f32": lambda match, to, high, low: (
+        f"{to} = emulator::bits<uint32_t>({PACKING[match[1]]}({low}, {high}))"
+    ),
     r"cvt\.rna\.tf32\.f32": lambda _, to, source: f"{to} = emulator::to_tf32({source})",
     r"ex2\.approx(?:\.ftz)?\.f32": lambda _, to, source: f"{to} = exp2f({source})",
     r"lg2\.approx(?:\.ftz)?\.f32": lambda _, to, source: f"{to} = log2f({source})",

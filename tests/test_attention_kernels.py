@@ -1,0 +1,140 @@
+"""The fused kernels of attention: they compile for Hopper, and emulated they compute what PyTorch does."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from conftest import H200
+from cuda_emulator import emulate
+from products import make_product
+from tvm_items.attention import Attention, define_attention
+from tvm_items.attention_kernels import find_templates
+
+HEAD_DIMS = {"float16": (32, 64, 80, 128), "bfloat16": (64, 96), "float32": (32, 64, 80, 128)}
+
+
+def make_attention(dtype="float16", head_dim=64, **fields):
+    """A task's attention, of ViT-base at batch size 16 but for `fields`."""
+    defaults = {
+        "batch": 16,
+        "query_count": 197,
+        "key_count": 197,
+        "heads": 12,
+        "key_heads": 12,
+        "scale": head_dim**-0.5,
+    }
+    no_mask = {"is_causal": False, "mask_shape": None, "mask_dtype": None}
+    return Attention(**{**defaults, **no_mask, "dtype": dtype, "head_dim": head_dim, **fields})
+
+
+def make_template(tvm, attention, **target):
+    module = tvm.IRModule({"main": define_attention(attention)})
+    (template,) = find_templates(module, tvm.target.Target({**json.loads(H200), **target}))
+    return template
+
+
+def random_fitting(template, rng):
+    while True:
+        decisions = [rng.randrange(count) for count in template.choices]
+        if template.fits(decisions):
+            return decisions
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(dtype, dim) for dtype, dims in HEAD_DIMS.items() for dim in dims])
+def test_kernels_compile_for_hopper(tvm, dtype, head_dim):
+    rng, target = random.Random(head_dim), tvm.target.Target(json.loads(H200))
+    attention = make_attention(dtype, head_dim, is_causal=head_dim == 128, key_heads=4)
+    template = make_template(tvm, attention)
+    module = template.realize(random_fitting(template, rng))
+    task = define_attention(attention)
+    types = [[(str(p.ty.dtype), list(map(int, p.ty.shape))) for p in f.params] for f in (module["main"], task)]
+    assert types[0] == types[1]
+    with target:
+        source = tvm.build(module, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
+    assert ("mma.sync" in source and "ldmatrix" in source) == (dtype != "float32")
+    assert source.count('extern "C" __global__') == 2  # one kernel, declared and defined
+
+
+def attend(attention, queries, keys, values, mask=None):
+    """Returns what PyTorch computes in float64, in the layout of the task."""
+    queries, keys, values = (tensor.double().transpose(1, 2) for tensor in (queries, keys, values))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.double()
+    options = {"is_causal": attention.is_causal, "scale": attention.scale, "enable_gqa": True}
+    return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, **options).transpose(1, 2)
+
+
+def make_tensors(attention):
+    """Returns queries, keys and values, and a mask where there is one; by it, one query sees no key."""
+    a = attention
+    torch.manual_seed(0)
+    shapes = [(a.batch, a.query_count, a.heads, a.head_dim)] + 2 * [(a.batch, a.key_count, a.key_heads, a.head_dim)]
+    tensors = [torch.randn(shape).to(getattr(torch, a.dtype)) for shape in shapes]
+    if a.mask_dtype:
+        visible = torch.rand(a.mask_shape) > 0.4
+        if a.mask_shape[2] > 1:
+            visible[:, :, 3] = False
+        biases = torch.where(visible, torch.randn(a.mask_shape), -math.inf)
+        tensors.append(visible if a.mask_dtype == "bool" else biases.to(getattr(torch, a.mask_dtype)))
+    return tensors
+
+
+SMALL = {"batch": 1, "heads": 2, "key_heads": 2}
+# kind -> (fields of the attention, parameters of the kernel: see attention_mma.py and attention_fma.py)
+KERNELS = {
+    "one stage": ({"query_count": 37, "key_count": 37, "head_dim": 32}, (2, 1, 16, 1)),
+    "causal, two tiles": ({"query_count": 80, "key_count": 80, "is_causal": True}, (2, 2, 32, 2)),
+    "mask of keys, three stages": (
+        {"query_count": 37, "key_count": 80, "batch": 2, "mask_shape": (2, 1, 1, 80), "mask_dtype": "bool"},
+        (3, 1, 16, 3),
+    ),
+    "biases, grouped": (
+        {"query_count": 37, "key_count": 45, "heads": 4, "mask_shape": (1, 4, 37, 45), "mask_dtype": "float16"},
+        (1, 1, 48, 1),
+    ),
+    "bf16, one key head": ({"query_count": 80, "key_count": 37, "key_heads": 1, "dtype": "bfloat16"}, (4, 1, 32, 2)),
+    "fp32, one stage": ({"query_count": 37, "key_count": 37, "dtype": "float32", "head_dim": 32}, (4, 8, 2, 16, 1)),
+    "fp32, causal, grouped": (
+        {"query_count": 80, "key_count": 80, "is_causal": True, "key_heads": 1, "dtype": "float32"},
+        (8, 8, 4, 32, 2),
+    ),
+    "fp32, mask": (
+        {"query_count": 37, "key_count": 37, "mask_shape": (1, 2, 37, 37), "mask_dtype": "bool", "dtype": "float32"},
+        (16, 4, 3, 16, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, parameters", KERNELS.values(), ids=KERNELS)
+def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
+    """With asynchronous copies as late and as early as they may be; 37 is neither a multiple of a tile nor of a row."""
+    attention = make_attention(**{**SMALL, **fields})
+    template = make_template(tvm, attention)
+    decisions = [values.index(value) for values, value in zip(template.options, parameters)]
+    tensors = make_tensors(attention)
+    expected = attend(attention, *tensors)
+    arguments = [*tensors, torch.full(expected.shape, math.nan, dtype=tensors[0].dtype)]
+    tolerance = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-6}[attention.dtype]
+    for results in emulate(template.realize(decisions), tvm.target.Target(json.loads(H200)), arguments, "tirx"):
+        assert all(torch.equal(before, after) for before, after in zip(tensors, results))
+        assert (results[-1].double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_what_does_not_fit_is_refused(tvm):
+    attention = make_attention(head_dim=128)
+    devices = [make_template(tvm, attention, arch=arch) for arch in ("sm_89", "sm_90")]
+    assert [template.max_shared_bytes for template in devices] == [99 * 1024, 227 * 1024]
+    large = [values.index(value) for values, value in zip(devices[0].options, (8, 1, 64, 3))]
+    assert [template.fits(large) for template in devices] == [False, True]
+    with pytest.raises(ValueError):
+        devices[0].realize(large)
+
+
+def test_other_tasks_and_devices_have_no_templates(tvm):
+    hopper, attention = json.loads(H200), tvm.IRModule({"main": define_attention(make_attention())})
+    assert find_templates(make_product(16), tvm.target.Target(hopper)) == []
+    assert find_templates(attention, tvm.target.Target({**hopper, "arch": "sm_75"})) == []
+    assert find_templates(attention, tvm.target.Target({"kind": "llvm", "num-cores": 2})) == []

@@ -1,0 +1,110 @@
+"""The kernels that a task of attention may have, with parameters that the tuner searches: templates.
+
+A template has `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
+options make a kernel that the device can run; and `realize(decisions)`, the IRModule of that kernel, whose "main" has
+the task's signature and is scheduled. It raises ValueError where there is none.
+"""
+
+import dataclasses
+import typing
+
+from tvm_items.attention import Attention, read_attention
+from tvm_items.attention_fma import VECTOR, fma_kernel, fma_resources
+from tvm_items.attention_mma import TILE, mma_kernel, mma_resources
+from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS, compute_capability, max_shared_bytes
+
+MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
+# Of a thread, and of all threads that a multiprocessor has at once (CUDA C++ Programming Guide, compute capabilities).
+MAX_THREAD_REGISTERS, MAX_REGISTERS = 255, 64 * 1024
+WARPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+ROW_TILES = (1, 2)
+KEY_TILES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 208, 256)
+STAGES = (1, 2, 3)
+THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES = (2, 4, 8, 16, 32), (4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8)
+FMA_KEY_TILES = (16, 32, 64, 96, 128)
+
+
+def find_templates(module, target):
+    """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target.
+
+    It is empty where the task is not attention, or the target not CUDA with the instructions that they use.
+    """
+    if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
+        return []
+    attention = read_attention(module)
+    if attention is None:
+        return []
+    make = fma_template if attention.dtype == "float32" else mma_template
+    return [make(attention, max_shared_bytes(target))]
+
+
+@dataclasses.dataclass
+class Template:
+    """One kind of kernel for a task's attention."""
+
+    attention: Attention
+    make_kernel: typing.Callable  # of the attention and the parameters: the scheduled TIR function
+    find_resources: typing.Callable  # of the same: threads of a block, registers of a thread, bytes of shared memory
+    is_useful: typing.Callable  # of the parameters: whether the kernel can be made, and has nothing that never works
+    options: list[tuple[int, ...]]  # values of each parameter
+    max_shared_bytes: int
+
+    @property
+    def choices(self):
+        return [len(values) for values in self.options]
+
+    def fits(self, decisions):
+        """Returns whether these indices of options make a kernel that the device can run and that may be good."""
+        parameters = self.read(decisions)
+        if not self.is_useful(*parameters):
+            return False
+        threads, registers, shared_bytes = self.find_resources(self.attention, *parameters)
+        return (
+            threads % WARP_THREADS == 0
+            and threads <= MAX_BLOCK_THREADS
+            and registers <= MAX_THREAD_REGISTERS
+            and threads * registers <= MAX_REGISTERS
+            and shared_bytes <= self.max_shared_bytes
+        )
+
+    def realize(self, decisions):
+        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
+        import tvm
+
+        if not self.fits(decisions):
+            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
+        return tvm.IRModule({"main": self.make_kernel(self.attention, *self.read(decisions))})
+
+    def read(self, decisions):
+        """Returns the values of the parameters."""
+        return [values[index] for values, index in zip(self.options, decisions, strict=True)]
+
+
+def mma_template(attention, limit):
+    """Returns the Template for tensor cores; limit: bytes of shared memory that a block of threads may have."""
+
+    def is_useful(warps, row_tiles, key_tile, stages):
+        has_idle_warp = (warps - 1) * row_tiles * TILE >= attention.query_count
+        return not has_idle_warp and is_useful_step(attention, key_tile, stages)
+
+    return Template(attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit)
+
+
+def fma_template(attention, limit):
+    """Returns the Template for fp32; limit: bytes of shared memory that a block of threads may have."""
+
+    def is_useful(thread_columns, thread_rows, row_tile, key_tile, stages):
+        return (
+            (thread_rows - 1) * row_tile < attention.query_count
+            and attention.head_dim % (VECTOR * thread_columns) == 0
+            and key_tile % thread_columns == 0
+            and is_useful_step(attention, key_tile, stages)
+        )
+
+    options = [THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES, FMA_KEY_TILES, STAGES]
+    return Template(attention, fma_kernel, fma_resources, is_useful, options, limit)
+
+
+def is_useful_step(attention, key_tile, stages):
+    """Returns whether a step of so many keys has no other 16 for nothing, and no stage stays empty."""
+    return key_tile < attention.key_count + TILE and (stages - 1) * key_tile < attention.key_count

@@ -1,0 +1,298 @@
+"""Attention as one CUDA kernel on tensor cores, for fp16 and bf16: mma.sync m16n8k16, softmax in registers.
+
+The algorithm is FlashAttention-2's (Dao, arXiv:2307.08691): a block of threads has some queries of a head and goes
+through the keys in steps. The sums that are the scores lie in the registers as the first operand of the product with
+the values has to. Each row's largest score and total of weights so far are kept; when the largest changes, what was
+summed up before is rescaled.
+"""
+
+import math
+
+from tvm_items.attention import Softmax, kernel_function, masked
+from tvm_items.target import WARP_THREADS
+
+TILE = 16  # rows, columns and terms of what one ldmatrix loads for mma.sync
+ROW_PADDING = 8  # elements behind each row in shared memory: 8 rows at the same column lie in distinct banks then
+COPY = 8  # elements of 16 bits that one cp.async copies
+ALL_LANES = 0xFFFFFFFF
+
+
+def mma_resources(attention, warps, row_tiles, key_tile, stages):
+    """Returns what a block of threads of mma_kernel() needs: (threads, registers of a thread, bytes of shared memory).
+
+    The registers are an estimate: scores, sums and queries of a warp's rows, and 50 for all else.
+    """
+    registers = row_tiles * (key_tile // 2 + attention.head_dim * 3 // 4) + 50
+    shared_bytes = stages * 2 * key_tile * (attention.head_dim + ROW_PADDING) * 2
+    return WARP_THREADS * warps, registers, shared_bytes
+
+
+def mma_kernel(attention, warps, row_tiles, key_tile, stages):
+    """Returns the scheduled TIR function of an Attention in fp16 or bf16, of define_attention()'s signature.
+
+    warps: of a block of threads; row_tiles: 16 queries each, of a warp; key_tile: keys of a step, a multiple of 16;
+    stages: steps whose keys and values are in shared memory or on their way there, at least 1.
+    """
+    from tvm.script import tirx as T
+
+    a = attention
+    threads, warp_rows = WARP_THREADS * warps, TILE * row_tiles
+    block_rows, row_length = warps * warp_rows, a.head_dim + ROW_PADDING
+    query_blocks, steps = -(-a.query_count // block_rows), -(-a.key_count // key_tile)
+    sharing = a.heads // a.key_heads
+    depth_tiles, key_tiles = a.head_dim // TILE, key_tile // TILE
+    score_count, sum_count = row_tiles * key_tiles * 8, row_tiles * depth_tiles * 8
+    copies = key_tile * a.head_dim // COPY
+    row_copies, thread_copies = a.head_dim // COPY, -(-copies // threads)
+    stage_length = 2 * key_tile * row_length
+    softmax = Softmax(a)
+    exponent = softmax.exponent
+    short = {"float16": "f16", "bfloat16": "bf16"}[a.dtype]
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32"
+    pack = f"cvt.rn.{short}x2.f32"
+    load_keys = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+    load_values = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+
+    def crosses_diagonal(step, first_row):
+        return a.is_causal and step * key_tile + key_tile - 1 > first_row
+
+    def is_cut(step):
+        return a.key_count % key_tile != 0 and step == steps - 1
+
+    @T.inline
+    def compute(queries, keys, values, mask, result):
+        T.device_entry()
+        block = T.cta_id([query_blocks * a.heads * a.batch])
+        thread = T.thread_id([threads])
+        shared = T.alloc_buffer((stages * stage_length,), a.dtype, scope="shared.dyn", align=128)
+        query_fragments = T.alloc_local((row_tiles * depth_tiles * 4,), "uint32")
+        fragment = T.alloc_local((4,), "uint32")
+        scores = T.alloc_local((score_count,), "float32")
+        weights = T.alloc_local((score_count // 2,), "uint32")
+        sums = T.alloc_local((sum_count,), "float32")
+        largest = T.alloc_local((row_tiles * 2,), "float32")
+        before = T.alloc_local((row_tiles * 2,), "float32")
+        totals = T.alloc_local((row_tiles * 2,), "float32")
+        packed = T.alloc_local((1,), "uint32")
+        batch: T.let = block // (query_blocks * a.heads)
+        head: T.let = block // query_blocks % a.heads
+        lane: T.let = thread % WARP_THREADS
+        # Where attention is causal the last queries see the most keys: they begin first.
+        number: T.let = query_blocks - 1 - block % query_blocks if a.is_causal else block % query_blocks
+        first_row: T.let = number * block_rows + thread // WARP_THREADS * warp_rows  # of the warp
+        row: T.let = first_row + lane // 4  # of what the thread has of a tile, and 8 below
+        end: T.let = T.min(steps, (number * block_rows + block_rows - 1) // key_tile + 1) if a.is_causal else steps
+
+        @T.inline
+        def copy(step, stage, source, offset):
+            for i in T.unroll(thread_copies):
+                if i * threads + thread < copies:
+                    T.ptx["cp.async.cg.shared.global"](
+                        T.address_of(
+                            shared[
+                                stage * stage_length
+                                + offset
+                                + (i * threads + thread) // row_copies * row_length
+                                + (i * threads + thread) % row_copies * COPY
+                            ]
+                        ),
+                        T.address_of(
+                            source[
+                                batch,
+                                T.min(step * key_tile + (i * threads + thread) // row_copies, a.key_count - 1),
+                                head // sharing,
+                                (i * threads + thread) % row_copies * COPY,
+                            ]
+                        ),
+                        16,
+                        # Rows of zeros behind the last key: their weights are 0, and 0 times NaN is NaN.
+                        T.Select(
+                            step * key_tile + (i * threads + thread) // row_copies < a.key_count,
+                            T.uint32(16),
+                            T.uint32(0),
+                        ),
+                    )
+
+        @T.inline
+        def multiply_queries_and_keys(stage):
+            for i in T.unroll(score_count):
+                scores[i] = T.float32(0)
+            for d in T.unroll(depth_tiles):
+                for j in T.unroll(key_tiles):
+                    T.ptx[load_keys](
+                        *[fragment[i] for i in range(4)],
+                        T.address_of(
+                            shared[
+                                stage * stage_length
+                                + (j * TILE + lane // 16 * 8 + lane % 8) * row_length
+                                + d * TILE
+                                + lane // 8 % 2 * 8
+                            ]
+                        ),
+                    )
+                    for r in T.unroll(row_tiles):
+                        for n in T.unroll(2):
+                            T.ptx[mma](
+                                *[scores[((r * key_tiles + j) * 2 + n) * 4 + i] for i in range(4)],
+                                *[query_fragments[(r * depth_tiles + d) * 4 + i] for i in range(4)],
+                                fragment[n * 2],
+                                fragment[n * 2 + 1],
+                                *[scores[((r * key_tiles + j) * 2 + n) * 4 + i] for i in range(4)],
+                            )
+
+        @T.inline
+        def hide(step, hidden):  # hidden: gives what a score becomes, from (score, query, key)
+            for r in T.unroll(row_tiles):
+                for n in T.unroll(key_tiles * 2):
+                    for i in T.unroll(4):
+                        at: T.let = (r * key_tiles * 2 + n) * 4 + i
+                        query: T.let = row + r * TILE + i // 2 * 8
+                        key: T.let = step * key_tile + n * 8 + lane % 4 * 2 + i % 2
+                        scores[at] = hidden(scores[at], query, key)
+
+        @T.inline
+        def hide_unseen(step):
+            if not softmax.scales_late:
+                hide(step, lambda score, query, key: score * T.float32(a.scale))
+            if softmax.has_mask:
+                hide(step, lambda score, query, key: masked(a, score, mask, batch, head, query, key))
+            if crosses_diagonal(step, first_row):
+                hide(step, lambda score, query, key: T.Select(key <= query, score, T.float32(-math.inf)))
+            if is_cut(step):
+                hide(step, lambda score, query, key: T.Select(key < a.key_count, score, T.float32(-math.inf)))
+
+        @T.inline
+        def update_softmax():
+            for r in T.unroll(row_tiles):
+                for h in T.unroll(2):
+                    before[r * 2 + h] = largest[r * 2 + h]
+                    for n in T.unroll(key_tiles * 2):
+                        for i in T.unroll(2):
+                            largest[r * 2 + h] = T.max(
+                                largest[r * 2 + h], scores[(r * key_tiles * 2 + n) * 4 + h * 2 + i]
+                            )
+                    for i in T.unroll(2):  # over the four threads that have the row
+                        largest[r * 2 + h] = T.max(
+                            largest[r * 2 + h],
+                            T.tvm_warp_shuffle_xor(
+                                T.uint32(ALL_LANES), largest[r * 2 + h], i + 1, WARP_THREADS, WARP_THREADS
+                            ),
+                        )
+                    before[r * 2 + h] = exponent(before[r * 2 + h], largest[r * 2 + h])
+                    T.ptx["ex2.approx.ftz.f32"](before[r * 2 + h], before[r * 2 + h])
+                    totals[r * 2 + h] = totals[r * 2 + h] * before[r * 2 + h]
+                    for n in T.unroll(depth_tiles * 2):
+                        for i in T.unroll(2):
+                            sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + i] = (
+                                sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + i] * before[r * 2 + h]
+                            )
+                    for n in T.unroll(key_tiles * 2):
+                        for i in T.unroll(2):
+                            at: T.let = (r * key_tiles * 2 + n) * 4 + h * 2 + i
+                            scores[at] = exponent(scores[at], largest[r * 2 + h])
+                            T.ptx["ex2.approx.ftz.f32"](scores[at], scores[at])
+                            totals[r * 2 + h] = totals[r * 2 + h] + scores[at]
+            for i in T.unroll(score_count // 2):
+                T.ptx[pack](weights[i], scores[i * 2 + 1], scores[i * 2])
+
+        @T.inline
+        def multiply_weights_and_values(stage):
+            for j in T.unroll(key_tiles):
+                for d in T.unroll(depth_tiles):
+                    T.ptx[load_values](
+                        *[fragment[i] for i in range(4)],
+                        T.address_of(
+                            shared[
+                                stage * stage_length
+                                + key_tile * row_length
+                                + (j * TILE + lane % 16) * row_length
+                                + d * TILE
+                                + lane // 16 * 8
+                            ]
+                        ),
+                    )
+                    for r in T.unroll(row_tiles):
+                        for n in T.unroll(2):
+                            T.ptx[mma](
+                                *[sums[((r * depth_tiles + d) * 2 + n) * 4 + i] for i in range(4)],
+                                *[weights[(r * key_tiles + j) * 4 + i] for i in range(4)],
+                                fragment[n * 2],
+                                fragment[n * 2 + 1],
+                                *[sums[((r * depth_tiles + d) * 2 + n) * 4 + i] for i in range(4)],
+                            )
+
+        for step in T.unroll(stages - 1):
+            if step < end:
+                copy(step, step, keys, 0)
+                copy(step, step, values, key_tile * row_length)
+            T.ptx["cp.async.commit_group"]()
+        for r in T.unroll(row_tiles):
+            for d in T.unroll(depth_tiles):
+                for i in T.unroll(4):
+                    T.ptx["ld.global.b32"](
+                        query_fragments[(r * depth_tiles + d) * 4 + i],
+                        T.address_of(
+                            queries[
+                                batch,
+                                T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
+                                head,
+                                d * TILE + i // 2 * 8 + lane % 4 * 2,
+                            ]
+                        ),
+                    )
+        for i in T.unroll(row_tiles * 2):
+            largest[i] = T.float32(softmax.lowest)
+            totals[i] = T.float32(0)
+        for i in T.unroll(sum_count):
+            sums[i] = T.float32(0)
+        for step in T.serial(end):
+            if stages > 1:
+                T.ptx["cp.async.wait_group"](stages - 2)
+                T.cuda.cta_sync()
+                if step + stages - 1 < end:
+                    copy(step + stages - 1, (step + stages - 1) % stages, keys, 0)
+                    copy(step + stages - 1, (step + stages - 1) % stages, values, key_tile * row_length)
+                T.ptx["cp.async.commit_group"]()
+            else:
+                T.cuda.cta_sync()
+                copy(step, 0, keys, 0)
+                T.ptx["cp.async.commit_group"]()
+                copy(step, 0, values, key_tile * row_length)
+                T.ptx["cp.async.commit_group"]()
+                T.ptx["cp.async.wait_group"](1)
+                T.cuda.cta_sync()
+            # A warp may have no queries, or, where attention is causal, none that see a key of the step.
+            is_active: T.let = T.And(
+                first_row < a.query_count,
+                step * key_tile < first_row + warp_rows if a.is_causal else T.bool(True),
+            )
+            if is_active:
+                multiply_queries_and_keys(step % stages)
+                hide_unseen(step)
+                update_softmax()
+            if stages == 1:
+                T.ptx["cp.async.wait_group"](0)
+                T.cuda.cta_sync()
+            if is_active:
+                multiply_weights_and_values(step % stages)
+        for r in T.unroll(row_tiles):
+            for h in T.unroll(2):
+                for i in T.unroll(2):
+                    totals[r * 2 + h] = totals[r * 2 + h] + T.tvm_warp_shuffle_xor(
+                        T.uint32(ALL_LANES), totals[r * 2 + h], i + 1, WARP_THREADS, WARP_THREADS
+                    )
+                # Of a query that sees no key the total is 0, and so are its sums; else it is 1 at least.
+                totals[r * 2 + h] = T.float32(1) / T.max(totals[r * 2 + h], T.float32(1e-30))
+                if row + r * TILE + h * 8 < a.query_count:
+                    for n in T.unroll(depth_tiles * 2):
+                        T.ptx[pack](
+                            packed[0],
+                            sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + 1] * totals[r * 2 + h],
+                            sums[(r * depth_tiles * 2 + n) * 4 + h * 2] * totals[r * 2 + h],
+                        )
+                        T.ptx["st.global.b32"](
+                            T.address_of(result[batch, row + r * TILE + h * 8, head, n * 8 + lane % 4 * 2]),
+                            packed[0],
+                        )
+
+    return kernel_function(attention, compute)
