@@ -9,7 +9,7 @@ from transformers import ResNetConfig
 
 from conftest import make_case
 from harness.check import output_arrays, relative_error
-from tvm_items.attention import read_attention
+from tvm_items.attention_task import read_attention
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.measure import build_options
@@ -23,17 +23,18 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 class SelfAttention(torch.nn.Module):
     """Attention between the projections of a Transformer; `mask` and `options` are PyTorch's."""
 
-    def __init__(self, key_heads=HEADS, head_dim=32, repeat=False, mask=None, **options):
+    def __init__(self, key_heads=HEADS, head_dim=32, repeat=False, crossed=False, mask=None, **options):
         super().__init__()
         self.query, self.out = torch.nn.Linear(24, HEADS * head_dim), torch.nn.Linear(HEADS * head_dim, 24)
         self.key, self.value = (torch.nn.Linear(24, key_heads * head_dim) for _ in range(2))
-        self.head_dim, self.repeat, self.options = head_dim, repeat, options
+        self.head_dim, self.repeat, self.crossed, self.options = head_dim, repeat, crossed, options
         self.register_buffer("mask", mask)
 
     def forward(self, x):
+        others = x.flip(1) if self.crossed else x
         query, key, value = (
-            linear(x).view(BATCH, TOKENS, -1, self.head_dim).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            linear(source).view(BATCH, TOKENS, -1, self.head_dim).transpose(1, 2)
+            for linear, source in ((self.query, x), (self.key, others), (self.value, others))
         )
         if self.repeat:  # as transformers does where there is a mask
             key, value = (
@@ -69,6 +70,7 @@ WHOLE = {
     "biases": {"mask": biases(1, HEADS, TOKENS, TOKENS)},
     "grouped": {"key_heads": 2, "enable_gqa": True},
     "repeated": {"key_heads": 2, "repeat": True, "mask": padding(BATCH, 1, TOKENS, TOKENS)},
+    "crossed": {"crossed": True, "mask": padding(BATCH, 1, 1, TOKENS)},
     "one key head": {"key_heads": 1, "repeat": True, "is_causal": True},
 }
 
@@ -105,9 +107,14 @@ def test_attention_is_one_task_without_transpositions(tvm, kind, dtype):
     model, x = model.to(dtype), x.to(dtype)
     prepared = _, module, _, target = prepare(tvm, model, x)
     assert relative_error(run_unscheduled(*prepared, x), [expected]) < TOLERANCES[dtype]
-    assert not any("transpose" in name for name in called_functions(module))
+    names = called_functions(module)
+    assert not any(word in name for name in names for word in ("transpose", "split", "slice"))
+    is_crossed = options.get("crossed", False)
+    # One product for queries, keys and values, or for keys and values where queries are of another input.
+    assert sum("matmul" in name for name in names) == (3 if is_crossed else 2)
     attentions = [read_attention(tvm.ir.load_json(task.module_json)) for task in extract_tasks(module, target)]
     (attention,) = filter(None, attentions)
+    assert len({source.tensor for source in attention.sources}) == (2 if is_crossed else 1)
     assert attention.heads == HEADS and attention.key_heads == options.get("key_heads", HEADS)
     assert attention.is_causal == options.get("is_causal", False)
     mask = options.get("mask")

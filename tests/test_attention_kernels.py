@@ -10,8 +10,8 @@ import torch
 from conftest import H200
 from cuda_emulator import emulate
 from products import make_product
-from tvm_items.attention import Attention, define_attention
-from tvm_items.attention_kernels import find_templates
+from tvm_items.attention_task import Attention, Source, define_attention, read_attention
+from tvm_items.templates import find_templates
 
 HEAD_DIMS = {"float16": (32, 64, 80, 128), "bfloat16": (64, 96), "float32": (32, 64, 80, 128)}
 
@@ -27,7 +27,10 @@ def make_attention(dtype="float16", head_dim=64, **fields):
         "scale": head_dim**-0.5,
     }
     no_mask = {"is_causal": False, "mask_shape": None, "mask_dtype": None}
-    return Attention(**{**defaults, **no_mask, "dtype": dtype, "head_dim": head_dim, **fields})
+    all_fields = {**defaults, **no_mask, "dtype": dtype, "head_dim": head_dim, **fields}
+    key_heads = all_fields["key_heads"]
+    sources = Source(0, all_fields["heads"], 0), Source(1, key_heads, 0), Source(2, key_heads, 0)
+    return Attention(**{"sources": sources, **all_fields})
 
 
 def make_template(tvm, attention, **target):
@@ -58,30 +61,34 @@ def test_kernels_compile_for_hopper(tvm, dtype, head_dim):
     assert source.count('extern "C" __global__') == 2  # one kernel, declared and defined
 
 
-def attend(attention, queries, keys, values, mask=None):
-    """Returns what PyTorch computes in float64, in the layout of the task."""
-    queries, keys, values = (tensor.double().transpose(1, 2) for tensor in (queries, keys, values))
+def attend(attention, inputs):
+    """Returns what PyTorch computes in float64, in the layout of the task, from the tensors that its function reads."""
+    queries, keys, values = (
+        inputs[source.tensor][:, :, source.first : source.first + heads].double().transpose(1, 2)
+        for source, heads in zip(attention.sources, (attention.heads, attention.key_heads, attention.key_heads))
+    )
+    mask = inputs[-1] if attention.mask_shape else None
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.double()
     options = {"is_causal": attention.is_causal, "scale": attention.scale, "enable_gqa": True}
     return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, mask, **options).transpose(1, 2)
 
 
-def make_tensors(attention):
-    """Returns queries, keys and values, and a mask where there is one; by it, one query sees no key."""
-    a = attention
+def make_inputs(attention):
+    """Returns the tensors that the task's function reads; by the mask, where there is one, one query sees no key."""
     torch.manual_seed(0)
-    shapes = [(a.batch, a.query_count, a.heads, a.head_dim)] + 2 * [(a.batch, a.key_count, a.key_heads, a.head_dim)]
-    tensors = [torch.randn(shape).to(getattr(torch, a.dtype)) for shape in shapes]
-    if a.mask_dtype:
-        visible = torch.rand(a.mask_shape) > 0.4
-        if a.mask_shape[2] > 1:
+    inputs = [torch.randn(shape) for shape, _ in attention.inputs]
+    if attention.mask_shape:
+        visible = torch.rand(attention.mask_shape) > 0.4
+        if attention.mask_shape[2] > 1:
             visible[:, :, 3] = False
-        biases = torch.where(visible, torch.randn(a.mask_shape), -math.inf)
-        tensors.append(visible if a.mask_dtype == "bool" else biases.to(getattr(torch, a.mask_dtype)))
-    return tensors
+        inputs[-1] = visible if attention.mask_dtype == "bool" else torch.where(visible, inputs[-1], -math.inf)
+    return [tensor.to(getattr(torch, dtype)) for tensor, (_, dtype) in zip(inputs, attention.inputs)]
 
 
+# Of two heads of queries that share one of keys and values: side by side, and keys and values in another order.
+ONE_TENSOR = (Source(0, 4, 0), Source(0, 4, 2), Source(0, 4, 3))
+TWO_TENSORS = (Source(1, 2, 0), Source(0, 2, 1), Source(0, 2, 0))
 SMALL = {"batch": 1, "heads": 2, "key_heads": 2}
 # kind -> (fields of the attention, parameters of the kernel: see attention_mma.py and attention_fma.py)
 KERNELS = {
@@ -95,10 +102,14 @@ KERNELS = {
         {"query_count": 37, "key_count": 45, "heads": 4, "mask_shape": (1, 4, 37, 45), "mask_dtype": "float16"},
         (1, 1, 48, 1),
     ),
-    "bf16, one key head": ({"query_count": 80, "key_count": 37, "key_heads": 1, "dtype": "bfloat16"}, (4, 1, 32, 2)),
+    "bf16, one tensor": (
+        {"query_count": 37, "key_count": 37, "key_heads": 1, "dtype": "bfloat16", "sources": ONE_TENSOR},
+        (3, 1, 32, 2),
+    ),
     "fp32, one stage": ({"query_count": 37, "key_count": 37, "dtype": "float32", "head_dim": 32}, (4, 8, 2, 16, 1)),
     "fp32, causal, grouped": (
-        {"query_count": 80, "key_count": 80, "is_causal": True, "key_heads": 1, "dtype": "float32"},
+        {"query_count": 80, "key_count": 80, "is_causal": True, "key_heads": 1, "dtype": "float32"}
+        | {"sources": TWO_TENSORS},
         (8, 8, 4, 32, 2),
     ),
     "fp32, mask": (
@@ -114,13 +125,19 @@ def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
     attention = make_attention(**{**SMALL, **fields})
     template = make_template(tvm, attention)
     decisions = [values.index(value) for values, value in zip(template.options, parameters)]
-    tensors = make_tensors(attention)
-    expected = attend(attention, *tensors)
-    arguments = [*tensors, torch.full(expected.shape, math.nan, dtype=tensors[0].dtype)]
+    inputs = make_inputs(attention)
+    expected = attend(attention, inputs)
+    arguments = [*inputs, torch.full(expected.shape, math.nan, dtype=inputs[0].dtype)]
     tolerance = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-6}[attention.dtype]
     for results in emulate(template.realize(decisions), tvm.target.Target(json.loads(H200)), arguments, "tirx"):
-        assert all(torch.equal(before, after) for before, after in zip(tensors, results))
+        assert all(torch.equal(before, after) for before, after in zip(inputs, results))
         assert (results[-1].double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("fields", [fields for fields, _ in KERNELS.values()], ids=KERNELS)
+def test_a_task_tells_its_attention(tvm, fields):
+    attention = make_attention(**{**SMALL, **fields})
+    assert read_attention(tvm.IRModule({"main": define_attention(attention)})) == attention
 
 
 def test_what_does_not_fit_is_refused(tvm):

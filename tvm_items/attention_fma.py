@@ -7,7 +7,7 @@ the other through shared memory.
 
 import math
 
-from tvm_items.attention import Softmax, kernel_function, masked
+from tvm_items.attention_task import Softmax, kernel_function, masked
 from tvm_items.target import WARP_THREADS
 
 VECTOR = (
@@ -42,6 +42,7 @@ def fma_kernel(attention, thread_columns, thread_rows, row_tile, key_tile, stage
     threads, block_rows, row_length = thread_columns * thread_rows, thread_rows * row_tile, a.head_dim + VECTOR
     query_blocks, steps = -(-a.query_count // block_rows), -(-a.key_count // key_tile)
     sharing = a.heads // a.key_heads
+    first_query, first_key, first_value = (source.first for source in a.sources)
     thread_keys, vectors = key_tile // thread_columns, a.head_dim // (VECTOR * thread_columns)
     row_copies = a.head_dim // VECTOR
     weights_at = block_rows * row_length
@@ -108,14 +109,21 @@ def fma_kernel(attention, thread_columns, thread_rows, row_tile, key_tile, stage
 
         @T.inline
         def copy_keys_and_values(step, stage):
-            copy(stages_at + stage * stage_length, key_tile, keys, step * key_tile, a.key_count, head // sharing)
+            copy(
+                stages_at + stage * stage_length,
+                key_tile,
+                keys,
+                step * key_tile,
+                a.key_count,
+                first_key + head // sharing,
+            )
             copy(
                 stages_at + stage * stage_length + key_tile * row_length,
                 key_tile,
                 values,
                 step * key_tile,
                 a.key_count,
-                head // sharing,
+                first_value + head // sharing,
             )
 
         @T.inline
@@ -194,7 +202,7 @@ def fma_kernel(attention, thread_columns, thread_rows, row_tile, key_tile, stage
                                     sums[(r * vectors + c) * VECTOR + e] + left[r * VECTOR + k] * right[e]
                                 )
 
-        copy(0, block_rows, queries, first_row, a.query_count, head)
+        copy(0, block_rows, queries, first_row, a.query_count, first_query + head)
         for step in T.unroll(stages - 1):
             if step < end:
                 copy_keys_and_values(step, step)

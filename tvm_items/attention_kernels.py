@@ -1,19 +1,14 @@
-"""The kernels that a task of attention may have, with parameters that the tuner searches: templates.
-
-A template has `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
-options make a kernel that the device can run; and `realize(decisions)`, the IRModule of that kernel, whose "main" has
-the task's signature and is scheduled. It raises ValueError where there is none.
-"""
+"""The templates of a task of attention: kernels with parameters that the tuner searches; see templates.py."""
 
 import dataclasses
 import typing
 
-from tvm_items.attention import Attention, read_attention
 from tvm_items.attention_fma import VECTOR, fma_kernel, fma_resources
 from tvm_items.attention_mma import TILE, mma_kernel, mma_resources
-from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS, compute_capability, max_shared_bytes
+from tvm_items.attention_task import Attention
+from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
 
-MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
+MMA, FMA = 110, 111  # the templates' numbers
 # Of a thread, and of all threads that a multiprocessor has at once (CUDA C++ Programming Guide, compute capabilities).
 MAX_THREAD_REGISTERS, MAX_REGISTERS = 255, 64 * 1024
 WARPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
@@ -24,24 +19,16 @@ THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES = (2, 4, 8, 16, 32), (4, 8, 16, 32
 FMA_KEY_TILES = (16, 32, 64, 96, 128)
 
 
-def find_templates(module, target):
-    """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target.
-
-    It is empty where the task is not attention, or the target not CUDA with the instructions that they use.
-    """
-    if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
-        return []
-    attention = read_attention(module)
-    if attention is None:
-        return []
-    make = fma_template if attention.dtype == "float32" else mma_template
-    return [make(attention, max_shared_bytes(target))]
+def attention_template(attention, limit):
+    """Returns the Template for an Attention; limit: bytes of shared memory that a block of threads may have."""
+    return (fma_template if attention.dtype == "float32" else mma_template)(attention, limit)
 
 
 @dataclasses.dataclass
 class Template:
     """One kind of kernel for a task's attention."""
 
+    number: int  # among a task's design spaces
     attention: Attention
     make_kernel: typing.Callable  # of the attention and the parameters: the scheduled TIR function
     find_resources: typing.Callable  # of the same: threads of a block, registers of a thread, bytes of shared memory
@@ -87,7 +74,7 @@ def mma_template(attention, limit):
         has_idle_warp = (warps - 1) * row_tiles * TILE >= attention.query_count
         return not has_idle_warp and is_useful_step(attention, key_tile, stages)
 
-    return Template(attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit)
+    return Template(MMA, attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit)
 
 
 def fma_template(attention, limit):
@@ -102,7 +89,7 @@ def fma_template(attention, limit):
         )
 
     options = [THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES, FMA_KEY_TILES, STAGES]
-    return Template(attention, fma_kernel, fma_resources, is_useful, options, limit)
+    return Template(FMA, attention, fma_kernel, fma_resources, is_useful, options, limit)
 
 
 def is_useful_step(attention, key_tile, stages):

@@ -8,7 +8,7 @@ summed up before is rescaled.
 
 import math
 
-from tvm_items.attention import Softmax, kernel_function, masked
+from tvm_items.attention_task import Softmax, kernel_function, masked
 from tvm_items.target import WARP_THREADS
 
 TILE = 16  # rows, columns and terms of what one ldmatrix loads for mma.sync
@@ -40,6 +40,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
     block_rows, row_length = warps * warp_rows, a.head_dim + ROW_PADDING
     query_blocks, steps = -(-a.query_count // block_rows), -(-a.key_count // key_tile)
     sharing = a.heads // a.key_heads
+    first_query, first_key, first_value = (source.first for source in a.sources)
     depth_tiles, key_tiles = a.head_dim // TILE, key_tile // TILE
     score_count, sum_count = row_tiles * key_tiles * 8, row_tiles * depth_tiles * 8
     copies = key_tile * a.head_dim // COPY
@@ -84,7 +85,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
         end: T.let = T.min(steps, (number * block_rows + block_rows - 1) // key_tile + 1) if a.is_causal else steps
 
         @T.inline
-        def copy(step, stage, source, offset):
+        def copy(step, stage, source, head, offset):
             for i in T.unroll(thread_copies):
                 if i * threads + thread < copies:
                     T.ptx["cp.async.cg.shared.global"](
@@ -100,7 +101,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                             source[
                                 batch,
                                 T.min(step * key_tile + (i * threads + thread) // row_copies, a.key_count - 1),
-                                head // sharing,
+                                head,
                                 (i * threads + thread) % row_copies * COPY,
                             ]
                         ),
@@ -223,8 +224,8 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
 
         for step in T.unroll(stages - 1):
             if step < end:
-                copy(step, step, keys, 0)
-                copy(step, step, values, key_tile * row_length)
+                copy(step, step, keys, first_key + head // sharing, 0)
+                copy(step, step, values, first_value + head // sharing, key_tile * row_length)
             T.ptx["cp.async.commit_group"]()
         for r in T.unroll(row_tiles):
             for d in T.unroll(depth_tiles):
@@ -235,7 +236,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                             queries[
                                 batch,
                                 T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
-                                head,
+                                first_query + head,
                                 d * TILE + i // 2 * 8 + lane % 4 * 2,
                             ]
                         ),
@@ -250,14 +251,20 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                 T.ptx["cp.async.wait_group"](stages - 2)
                 T.cuda.cta_sync()
                 if step + stages - 1 < end:
-                    copy(step + stages - 1, (step + stages - 1) % stages, keys, 0)
-                    copy(step + stages - 1, (step + stages - 1) % stages, values, key_tile * row_length)
+                    copy(step + stages - 1, (step + stages - 1) % stages, keys, first_key + head // sharing, 0)
+                    copy(
+                        step + stages - 1,
+                        (step + stages - 1) % stages,
+                        values,
+                        first_value + head // sharing,
+                        key_tile * row_length,
+                    )
                 T.ptx["cp.async.commit_group"]()
             else:
                 T.cuda.cta_sync()
-                copy(step, 0, keys, 0)
+                copy(step, 0, keys, first_key + head // sharing, 0)
                 T.ptx["cp.async.commit_group"]()
-                copy(step, 0, values, key_tile * row_length)
+                copy(step, 0, values, first_value + head // sharing, key_tile * row_length)
                 T.ptx["cp.async.commit_group"]()
                 T.ptx["cp.async.wait_group"](1)
                 T.cuda.cta_sync()

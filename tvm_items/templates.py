@@ -6,6 +6,8 @@ options make a kernel that the device can run; and `realize(decisions)`, the IRM
 the task's signature and is scheduled. It raises ValueError where there is none.
 """
 
+from tvm_items.attention_kernels import attention_template
+from tvm_items.attention_task import read_attention
 from tvm_items.mma import MmaTemplate
 from tvm_items.product_task import ALLOW_TF32, find_product_task
 from tvm_items.target import compute_capability, max_shared_bytes
@@ -20,10 +22,14 @@ def find_templates(module, target):
     """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target."""
     if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
         return []
+    limit = max_shared_bytes(target)
+    attention = read_attention(module)
+    if attention is not None:
+        return [attention_template(attention, limit)]
     task = find_product_task(module)
     if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return []
-    templates = [MmaTemplate(task, max_shared_bytes(target))]
+    templates = [MmaTemplate(task, limit)]
     if compute_capability(target) == HOPPER and task.dtype != "float32":
-        templates.append(WgmmaTemplate(task, max_shared_bytes(target)))
+        templates.append(WgmmaTemplate(task, limit))
     return templates
