@@ -29,7 +29,7 @@ def count_launches(name, precision):
         model = case.model_class(case.config).eval().requires_grad_(False).to(dtype)
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in make_inputs(case).items()}
         target = load_target(H200)
-        module, _ = tuned_module(export_for_tvm(model, inputs), target)
+        module, _ = tuned_module(export_for_tvm(model, inputs, whole_attention=True), target)
         tasks = extract_tasks(module, target)
     return len(tasks), sum(task.launches for task in tasks)
 
