@@ -154,7 +154,10 @@ def find_sources(query, key, value):
         tensor, first, part = (node, False), 0, projection_of(node)
         if is_slice_of_heads(part, head_dim):
             shared, _, start, _ = part.args
-            tensor, first, heads = (shared, True), start // head_dim, shape(shared)[-1] // head_dim
+            first, heads = start // head_dim, shape(shared)[-1] // head_dim
+            while shared.target in VIEWS:  # one more view is none; of two views TVM would make a launch
+                shared = shared.args[0]
+            tensor = shared, True
         if tensor not in tensors:
             tensors.append(tensor)
         sources.append(Source(tensors.index(tensor), heads, first))
