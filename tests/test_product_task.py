@@ -5,7 +5,7 @@ import json
 import torch
 
 from conftest import H200
-from cuda_emulator import emulate
+from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.lowering import tir_pipeline
 from tvm_items.product_task import find_product_task
@@ -25,6 +25,25 @@ def test_products_are_found_with_their_axes(tvm):
     task = find_product_task(module)
     assert describe(task) == ([[], [2, 5, 5], [40], [3, 3, 16]], (8, 8, 8))
     assert task.left.condition is not None and task.left.along_terms and not task.right.along_terms
+
+
+def test_what_is_read_under_a_condition_is_read_where_it_is_met(tvm):
+    """Two biases one behind the other, each of half of the columns: as vectors they would be read out of bounds."""
+    from tvm import te, tirx, topi
+
+    shapes = {"x": (16, 32), "w": (32, 64), "first": (32,), "second": (32,)}
+    x, w, first, second = (te.placeholder(shape, "float16", name) for name, shape in shapes.items())
+    sums = topi.nn.matmul(x, w, out_dtype="float32")
+    output = te.compute(
+        (16, 64),
+        lambda i, j: sums[i, j].astype("float16") + tirx.if_then_else(j < 32, first[j], second[j - 32]),
+    )
+    function = te.create_prim_func([x, w, first, second, output]).with_attr("global_symbol", "main")
+    target = tvm.target.Target(json.loads(H200))
+    (template, *_) = find_templates(tvm.IRModule({"main": function}), target)
+    source, *_ = generate(template.realize([0, 0, 0, 0, 0, 0, 0, 0, 1]), target, tir_pipeline())
+    # The arguments are kernel parameters in some order; a vector of eight is an uint4, and only the output is one.
+    assert source.count("*(uint4*)(argument") == 1 and source.count("argument2_ptr[") >= 8
 
 
 def test_what_is_no_product_or_too_thin_is_left_alone(tvm):

@@ -1,6 +1,6 @@
 """What follows a product: the sums of a kernel become elements of the task's output."""
 
-from tvm_items.expressions import contiguous_run, dtype_of, find, is_load, loads_of, rewrite
+from tvm_items.expressions import contiguous_run, dtype_of, find, is_conditional, is_load, loads_of, rewrite
 from tvm_items.product_task import buffer_shape, on_buffers
 
 MAX_VECTOR_BYTES = 16
@@ -23,7 +23,9 @@ def store_outputs(task, buffers, batch, row, column, sums):
 
     width = len(sums)
     loads = [load for load in loads_of(task.value) if not load.source.same_as(task.product)]
-    vectors = [load for load in loads if width > 1 and is_vector(task, load, width)]
+    # What is loaded under a condition may lie out of bounds where that is not met.
+    can_load_ahead = width > 1 and not is_conditional(task.value)
+    vectors = [load for load in loads if can_load_ahead and is_vector(task, load, width)]
     held = []
     for load in vectors:
         copy = build.alloc_buffer((width,), dtype_of(load), scope="local")

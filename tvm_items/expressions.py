@@ -73,6 +73,20 @@ def uses(expression, variable):
     return bool(found)
 
 
+def is_conditional(expression):
+    """Returns whether parts of a TIR expression are computed only where some condition is met."""
+    from tvm import tirx
+
+    found = []
+
+    def look(part):
+        if isinstance(part, tirx.Select) or "if_then_else" in str(getattr(part, "op", "")):
+            found.append(part)
+
+    rewrite(expression, look)
+    return bool(found)
+
+
 def is_load(expression):
     return type(expression).__name__ == "TensorLoad"
 

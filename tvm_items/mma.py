@@ -17,7 +17,7 @@ from tvm_items.tiles import Tile, copy_tile
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
 
 # The options of each parameter.
-ROWS, COLUMNS = (16, 32, 64, 128, 256), (32, 64, 128, 256)  # of a block's tile
+ROWS, COLUMNS = (16, 32, 64, 128, 192, 256), (32, 64, 128, 192, 256)  # of a block's tile
 CHUNKS = (4, 8)  # a step's terms, in chunks of 16 bytes
 WARPS_ALONG_ROWS, WARPS_ALONG_COLUMNS = (1, 2, 4), (1, 2, 4)
 STAGES = (2, 3, 4, 5, 6)

@@ -178,22 +178,28 @@ def find_factors(product):
     """Returns [(load, condition or None), (load, condition or None)] of a product's block, None where it is none."""
     from tvm import tirx
 
-    update = getattr(product.body, "value", None)
-    if not isinstance(update, tirx.Add) or not isinstance(update.b, tirx.Mul):
+    update, initial = getattr(product.body, "value", None), getattr(product.init, "value", None)
+    if not isinstance(update, tirx.Add) or not isinstance(update.b, tirx.Mul) or not is_zero(initial):
         return None
     factors = []
     for factor in (update.b.a, update.b.b):
-        while isinstance(factor, tirx.Cast):
+        if isinstance(factor, tirx.Cast):
+            if dtype_of(factor) != "float32":  # it may round
+                return None
             factor = factor.value
         condition = None
         if "if_then_else" in str(getattr(factor, "op", "")):
             condition, factor, otherwise = factor.args
-            if float(getattr(otherwise, "value", math.nan)) != 0:
+            if not is_zero(otherwise):
                 return None
         if not is_load(factor):
             return None
         factors.append((factor, condition))
     return factors
+
+
+def is_zero(expression):
+    return float(getattr(expression, "value", math.nan)) == 0
 
 
 def is_elementwise(block):
