@@ -22,6 +22,8 @@ from tvm_items.rewrites import UNSPLIT, find_product, rewrite_product
 
 ALLOW_TF32 = "allow_tf32"  # an attribute of a task's function: whether operands in fp32 may be rounded to TF32
 MIN_ROWS, MIN_COLUMNS, MIN_TERMS = 8, 8, 16  # with fewer, most of what tensor cores do is padding
+MAX_BATCH = 65535  # of a launch's second dimension (CUDA C++ Programming Guide, compute capabilities)
+MAX_ELEMENTS = 2**31 - 1  # of a parameter: indices have 32 bits
 
 
 class Axis(typing.NamedTuple):
@@ -129,12 +131,15 @@ def find_product_task(module):
         rows, columns, factors = columns, rows, factors[::-1]
     if rows.extent < MIN_ROWS or columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
         return None
+    parameters = list(schedule.mod["main"].params)
+    if batch.extent > MAX_BATCH or any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
+        return None
     left, right = (make_operand(*factor, (batch, axis, terms)) for factor, axis in zip(factors, (rows, columns)))
     dtypes = {dtype_of(left.load), dtype_of(right.load)}
     if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32"}:
         return None
     return ProductTask(
-        parameters=list(schedule.mod["main"].params),
+        parameters=parameters,
         dtype=dtypes.pop(),
         batch=batch,
         rows=rows,
