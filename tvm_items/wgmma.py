@@ -13,6 +13,7 @@ from tvm_items.expressions import linear_strides
 from tvm_items.output_tile import OutputTile, staging_bytes
 from tvm_items.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
 from tvm_items.product_task import ProductTask
+from tvm_items.stage_barriers import MBARRIER_BYTES, StageBarriers
 from tvm_items.target import WARP_THREADS
 from tvm_items.tiles import Tile, copy_tile
 
@@ -20,7 +21,6 @@ WARPGROUP_THREADS = 128
 TERMS = 64  # of a step: in 16 bits a line of 128 bytes, which TMA and wgmma swizzle
 INSTRUCTION_ROWS, INSTRUCTION_TERMS = 64, 16
 MAX_SUMS_OF_A_THREAD = 128
-MBARRIER_BYTES = 8
 LINE_BYTES = 128
 CONSUMERS_BARRIER = 1  # the number of a barrier of the threads that multiply; 0 is that of the whole block
 
@@ -176,12 +176,10 @@ class Kernel:
             self.shared = build.alloc_buffer(
                 (self.data_elements + barrier_elements,), task.dtype, scope="shared.dyn", align=1024
             )
+            self.barriers = StageBarriers(self.shared, self.data_elements, config.stages)
             with build.If(thread == 0), build.Then():
-                for stage in range(config.stages):
-                    arrivals = any(self.by_tma) + (0 if all(self.by_tma) else self.producer_threads)
-                    self.init(self.full(stage), arrivals)
-                    self.init(self.empty(stage), config.consumer_threads // WARP_THREADS)
-                build.evaluate(T.ptx["fence.proxy.async"]())
+                arrivals = any(self.by_tma) + (0 if all(self.by_tma) else self.producer_threads)
+                self.barriers.emit_init(arrivals, config.consumer_threads // WARP_THREADS)
             build.evaluate(T.cuda.cta_sync())
             with build.If(thread < config.consumer_threads):
                 with build.Then():
@@ -190,48 +188,10 @@ class Kernel:
                     producer = build.Bind(thread - config.consumer_threads)
                     if all(self.by_tma):
                         with build.If(producer == 0), build.Then(), build.serial(count) as step:
-                            self.wait_for_empty(step)
+                            self.barriers.wait_for_empty(step)
                             self.copy_by_tma(step)
                     else:
                         self.emit_producer(producer, count)
-
-    # ---- Barriers
-
-    def full(self, stage):
-        """Returns the address of the mbarrier on which a stage becomes full."""
-        return self.barrier(stage)
-
-    def empty(self, stage):
-        """Returns the address of the mbarrier on which a stage becomes empty."""
-        return self.barrier(self.config.stages + stage)
-
-    def barrier(self, number):
-        from tvm.script import tirx as T
-
-        return T.address_of(self.shared[self.data_elements + number * (MBARRIER_BYTES // 2)])
-
-    def init(self, barrier, arrivals):
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        build.evaluate(T.ptx["mbarrier.init.shared.b64"](barrier, T.uint32(arrivals)))
-
-    def arrive(self, barrier):
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        build.evaluate(T.ptx["mbarrier.arrive.shared.b64"](barrier))
-
-    def wait(self, barrier, parity):
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        build.evaluate(T.cuda.mbarrier_wait(barrier, parity))
-
-    def wait_for_empty(self, step):
-        """Emits the wait for a step's stage; in the first round it is empty."""
-        stages = self.config.stages
-        self.wait(self.empty(step % stages), (step // stages + 1) % 2)
 
     # ---- Copies
 
@@ -278,7 +238,7 @@ class Kernel:
         from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        barrier = self.full(step % self.config.stages)
+        barrier = self.barriers.full(step % self.config.stages)
         copied = sum(tile.elements * tile.element_bytes for tile, *_, by_tma in self.places(step) if by_tma)
         build.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](barrier, T.uint32(copied)))
         for (tile, start, output, term, by_tma), tensor_map in zip(self.places(step), self.maps):
@@ -309,10 +269,10 @@ class Kernel:
 
         def announce(step):
             build.evaluate(T.ptx["fence.proxy.async"]())
-            self.arrive(self.full(step % stages))
+            self.barriers.emit_arrival(self.barriers.full(step % stages))
 
         with build.serial(count) as step:
-            self.wait_for_empty(step)
+            self.barriers.wait_for_empty(step)
             if any(self.by_tma):
                 with build.If(thread == 0), build.Then():
                     self.copy_by_tma(step)
@@ -350,13 +310,13 @@ class Kernel:
         self.encode_descriptor(descriptors, 1, self.right, self.left.elements)
         with build.serial(count) as step:
             stage = step % config.stages
-            self.wait(self.full(stage), step // config.stages % 2)
+            self.barriers.wait_for_full(step)
             build.evaluate(T.ptx["wgmma.fence.sync.aligned"]())
             self.multiply(descriptors, stage)
             build.evaluate(T.ptx["wgmma.commit_group.sync.aligned"]())
             build.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](1))
             with build.If(tirx.And(step > 0, self.lane == 0)), build.Then():  # the step before has been multiplied
-                self.arrive(self.empty((step + config.stages - 1) % config.stages))
+                self.barriers.emit_arrival(self.barriers.empty((step + config.stages - 1) % config.stages))
         build.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](0))
         tile = OutputTile(
             self.task,
