@@ -128,7 +128,7 @@ def convert_smallest(node, importer):
 
 
 def convert_unfold(node, importer):
-    """Converts overlapping windows along an axis, which PatchTST cuts a series into: the last axis has their elements."""
+    """Converts overlapping windows along an axis, as PatchTST cuts a series; the last axis has their elements."""
     from tvm import relax
 
     axis, size, step = node.args[1:]
