@@ -64,7 +64,7 @@ def test_indices_in_tensors_count_from_the_end():
 
 
 def test_operators_that_the_importer_lacks():
-    """Extremes, sums by place, sorting in any order and stably, counting down."""
+    """Extremes, sums by place, sorting in any order and stably, counting down, windows."""
 
     class Lacking(torch.nn.Module):
         def forward(self, pixel_values):
@@ -72,9 +72,11 @@ def test_operators_that_the_importer_lacks():
             summed = torch.zeros(1, 3).scatter_add(1, places, pixel_values[:1])
             largest = torch.topk(pixel_values, 3, sorted=False).values.sort(stable=True, descending=True).values
             countdown = torch.arange(3, -1, -1) * pixel_values
+            windows = pixel_values.unfold(0, 2, 1) * 2
             nearest, place = pixel_values.min(-1)
+            place = place.clamp(min=1) + place.clamp(max=2)
             summed = summed + (nearest * place).sum()
-            return summed, largest, countdown, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
+            return summed, largest, countdown, windows, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Lacking(), inputs, make_case(ResNetConfig()))

@@ -127,6 +127,20 @@ def convert_smallest(node, importer):
     return importer.block_builder.emit(relax.Tuple([importer.block_builder.emit(result) for result in results]))
 
 
+def convert_unfold(node, importer):
+    """Converts overlapping windows along an axis, as PatchTST cuts a series; the last axis has their elements."""
+    from tvm import relax
+
+    axis, size, step = node.args[1:]
+    shape = node.args[0].meta["val"].shape
+    axis %= len(shape)
+    starts = torch.arange(0, shape[axis] - size + 1, step)
+    places = relax.const((starts[:, None] + torch.arange(size)).numpy(), "int64")
+    windows = importer.block_builder.emit(relax.op.take(importer.env[node.args[0]], places, axis))
+    order = [*range(axis + 1), *range(axis + 2, len(shape) + 1), axis + 1]
+    return importer.block_builder.emit(relax.op.permute_dims(windows, order))
+
+
 def convert_index(node, importer):
     """Converts indices in tensors along several axes, x[:, i, j], that belong together element by element.
 
@@ -224,6 +238,7 @@ CONVERTERS = {
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
+    "unfold.default": convert_unfold,
     "index.Tensor": convert_index,
     "index_put.default": convert_index_put,
     "scatter_reduce.two": convert_scatter_reduce,

@@ -67,6 +67,17 @@ def count_indices_from_the_front(exported):
         node.args = (source, counted, *rest)
 
 
+def clamp_integers_at_both_ends(graph):
+    """Gives clamp() of integers the bound that it lacks, in place: TVM would make infinity an integer."""
+    for node in graph.find_nodes(op="call_function", target=aten.clamp.default):
+        dtype = node.meta["val"].dtype
+        if dtype.is_floating_point or dtype == torch.bool:
+            continue
+        limits = torch.iinfo(dtype)
+        low, high = (*node.args[1:], None, None)[:2]
+        node.args = (node.args[0], limits.min if low is None else low, limits.max if high is None else high)
+
+
 def sort_largest(graph):
     """Makes every topk() a sorted one, in place: TVM has no other, and an order that nobody asked for may be any."""
     for node in graph.find_nodes(op="call_function", target=aten.topk.default):

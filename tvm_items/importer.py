@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from tvm_items.attention import SDPA, convert_attention, decompose_attention
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
+    clamp_integers_at_both_ends,
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
@@ -55,6 +56,7 @@ def import_to_relax(exported):
 
     subtract_integers_by_adding(exported.graph)
     count_indices_from_the_front(exported)
+    clamp_integers_at_both_ends(exported.graph)
     sort_largest(exported.graph)
     sort_plainly(exported.graph)
     count_upwards(exported.graph)
