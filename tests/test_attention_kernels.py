@@ -11,6 +11,7 @@ from conftest import H200
 from cuda_emulator import emulate
 from products import make_product
 from tvm_items.attention_task import Attention, Source, define_attention, read_attention
+from tvm_items.tasks import default_schedule
 from tvm_items.templates import find_templates
 
 HEAD_DIMS = {"float16": (32, 64, 80, 128), "bfloat16": (64, 96), "float32": (32, 64, 80, 128)}
@@ -86,6 +87,17 @@ def make_inputs(attention):
     return [tensor.to(getattr(torch, dtype)) for tensor, (_, dtype) in zip(inputs, attention.inputs)]
 
 
+def check_emulated(module, target, attention, pipeline):
+    """Checks what a scheduled module computes from random inputs, and that it leaves them as they are."""
+    inputs = make_inputs(attention)
+    expected = attend(attention, inputs)
+    arguments = [*inputs, torch.full(expected.shape, math.nan, dtype=inputs[0].dtype)]
+    tolerance = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-6}[attention.dtype]
+    for results in emulate(module, target, arguments, pipeline):
+        assert all(torch.equal(before, after) for before, after in zip(inputs, results))
+        assert (results[-1].double() - expected).norm() <= tolerance * expected.norm()
+
+
 # Of two heads of queries that share one of keys and values: side by side, and keys and values in another order.
 ONE_TENSOR = (Source(0, 4, 0), Source(0, 4, 2), Source(0, 4, 3))
 TWO_TENSORS = (Source(1, 2, 0), Source(0, 2, 1), Source(0, 2, 0))
@@ -125,13 +137,16 @@ def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
     attention = make_attention(**{**SMALL, **fields})
     template = make_template(tvm, attention)
     decisions = [values.index(value) for values, value in zip(template.options, parameters)]
-    inputs = make_inputs(attention)
-    expected = attend(attention, inputs)
-    arguments = [*inputs, torch.full(expected.shape, math.nan, dtype=inputs[0].dtype)]
-    tolerance = {"float16": 1e-3, "bfloat16": 5e-3, "float32": 1e-6}[attention.dtype]
-    for results in emulate(template.realize(decisions), tvm.target.Target(json.loads(H200)), arguments, "tirx"):
-        assert all(torch.equal(before, after) for before, after in zip(inputs, results))
-        assert (results[-1].double() - expected).norm() <= tolerance * expected.norm()
+    target = tvm.target.Target(json.loads(H200))
+    check_emulated(template.realize(decisions), target, attention, "tirx")
+
+
+@pytest.mark.parametrize("kind", ["mask of keys, three stages", "bf16, one tensor", "biases, grouped"])
+def test_what_kernels_are_checked_against_computes_attention(tvm, kind):
+    """TVM's default schedule of the task, which is several launches."""
+    attention, target = make_attention(**{**SMALL, **KERNELS[kind][0]}), tvm.target.Target(json.loads(H200))
+    module = default_schedule(tvm.IRModule({"main": define_attention(attention)}), target)
+    check_emulated(module, target, attention, pipeline=None)
 
 
 @pytest.mark.parametrize("fields", [fields for fields, _ in KERNELS.values()], ids=KERNELS)
