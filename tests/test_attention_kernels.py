@@ -14,7 +14,7 @@ from tvm_items.attention_task import Attention, Source, define_attention, read_a
 from tvm_items.tasks import default_schedule
 from tvm_items.templates import find_templates
 
-HEAD_DIMS = {"float16": (32, 64, 80, 128), "bfloat16": (64, 96), "float32": (32, 64, 80, 128)}
+HEAD_DIMS = {"float16": (32, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
 
 
 def make_attention(dtype="float16", head_dim=64, **fields):
@@ -105,7 +105,7 @@ SMALL = {"batch": 1, "heads": 2, "key_heads": 2}
 # kind -> (fields of the attention, parameters of the kernel: see attention_mma.py and attention_fma.py)
 KERNELS = {
     "one stage": ({"query_count": 37, "key_count": 37, "head_dim": 32}, (2, 1, 16, 1)),
-    "causal, two tiles": ({"query_count": 80, "key_count": 80, "is_causal": True}, (2, 2, 32, 2)),
+    "causal, two tiles": ({"query_count": 80, "key_count": 80, "is_causal": True, "head_dim": 40}, (2, 2, 32, 2)),
     "mask of keys, three stages": (
         {"query_count": 37, "key_count": 80, "batch": 2, "mask_shape": (2, 1, 1, 80), "mask_dtype": "bool"},
         (3, 1, 16, 3),

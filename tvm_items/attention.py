@@ -12,7 +12,7 @@ from tvm_items.attention_task import LOWEST_FP32, Attention, Source, define_atte
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-HEAD_DIMS = range(16, 129, 16)  # that attention is one kernel for: attention_kernels.py
+HEAD_DIMS = range(16, 129, 8)  # that attention is one kernel for: attention_kernels.py
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 

@@ -17,13 +17,19 @@ COPY = 8  # elements of 16 bits that one cp.async copies
 ALL_LANES = 0xFFFFFFFF
 
 
+def padded_depth(attention):
+    """Returns the head dim rounded up to a multiple of TILE: shared memory has zeros there."""
+    return -(-attention.head_dim // TILE) * TILE
+
+
 def mma_resources(attention, warps, row_tiles, key_tile, stages):
     """Returns what a block of threads of mma_kernel() needs: (threads, registers of a thread, bytes of shared memory).
 
     The registers are an estimate: scores, sums and queries of a warp's rows, and 50 for all else.
     """
-    registers = row_tiles * (key_tile // 2 + attention.head_dim * 3 // 4) + 50
-    shared_bytes = stages * 2 * key_tile * (attention.head_dim + ROW_PADDING) * 2
+    depth = padded_depth(attention)
+    registers = row_tiles * (key_tile // 2 + depth * 3 // 4) + 50
+    shared_bytes = stages * 2 * key_tile * (depth + ROW_PADDING) * 2
     return WARP_THREADS * warps, registers, shared_bytes
 
 
@@ -37,14 +43,15 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
 
     a = attention
     threads, warp_rows = WARP_THREADS * warps, TILE * row_tiles
-    block_rows, row_length = warps * warp_rows, a.head_dim + ROW_PADDING
+    block_rows, row_length = warps * warp_rows, padded_depth(a) + ROW_PADDING
     query_blocks, steps = -(-a.query_count // block_rows), -(-a.key_count // key_tile)
     sharing = a.heads // a.key_heads
     first_query, first_key, first_value = (source.first for source in a.sources)
-    depth_tiles, key_tiles = a.head_dim // TILE, key_tile // TILE
+    depth_tiles, key_tiles = padded_depth(a) // TILE, key_tile // TILE
     score_count, sum_count = row_tiles * key_tiles * 8, row_tiles * depth_tiles * 8
-    copies = key_tile * a.head_dim // COPY
-    row_copies, thread_copies = a.head_dim // COPY, -(-copies // threads)
+    row_copies = padded_depth(a) // COPY
+    copies = key_tile * row_copies
+    thread_copies = -(-copies // threads)
     stage_length = 2 * key_tile * row_length
     softmax = Softmax(a)
     exponent = softmax.exponent
@@ -87,31 +94,18 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
         @T.inline
         def copy(step, stage, source, head, offset):
             for i in T.unroll(thread_copies):
-                if i * threads + thread < copies:
+                index: T.let = i * threads + thread
+                key: T.let = step * key_tile + index // row_copies
+                column: T.let = index % row_copies * COPY
+                if index < copies:
                     T.ptx["cp.async.cg.shared.global"](
+                        T.address_of(shared[stage * stage_length + offset + index // row_copies * row_length + column]),
                         T.address_of(
-                            shared[
-                                stage * stage_length
-                                + offset
-                                + (i * threads + thread) // row_copies * row_length
-                                + (i * threads + thread) % row_copies * COPY
-                            ]
-                        ),
-                        T.address_of(
-                            source[
-                                batch,
-                                T.min(step * key_tile + (i * threads + thread) // row_copies, a.key_count - 1),
-                                head,
-                                (i * threads + thread) % row_copies * COPY,
-                            ]
+                            source[batch, T.min(key, a.key_count - 1), head, T.min(column, a.head_dim - COPY)]
                         ),
                         16,
-                        # Rows of zeros behind the last key: their weights are 0, and 0 times NaN is NaN.
-                        T.Select(
-                            step * key_tile + (i * threads + thread) // row_copies < a.key_count,
-                            T.uint32(16),
-                            T.uint32(0),
-                        ),
+                        # Zeros behind the last key, whose weight 0 times NaN were NaN, and behind the last column.
+                        T.Select(T.And(key < a.key_count, column < a.head_dim), T.uint32(16), T.uint32(0)),
                     )
 
         @T.inline
@@ -230,17 +224,20 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
         for r in T.unroll(row_tiles):
             for d in T.unroll(depth_tiles):
                 for i in T.unroll(4):
-                    T.ptx["ld.global.b32"](
-                        query_fragments[(r * depth_tiles + d) * 4 + i],
-                        T.address_of(
-                            queries[
-                                batch,
-                                T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
-                                first_query + head,
-                                d * TILE + i // 2 * 8 + lane % 4 * 2,
-                            ]
-                        ),
-                    )
+                    if d * TILE + i // 2 * 8 < a.head_dim:
+                        T.ptx["ld.global.b32"](
+                            query_fragments[(r * depth_tiles + d) * 4 + i],
+                            T.address_of(
+                                queries[
+                                    batch,
+                                    T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
+                                    first_query + head,
+                                    d * TILE + i // 2 * 8 + lane % 4 * 2,
+                                ]
+                            ),
+                        )
+                    else:
+                        query_fragments[(r * depth_tiles + d) * 4 + i] = T.uint32(0)
         for i in T.unroll(row_tiles * 2):
             largest[i] = T.float32(softmax.lowest)
             totals[i] = T.float32(0)
@@ -291,7 +288,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                 # Of a query that sees no key the total is 0, and so are its sums; else it is 1 at least.
                 totals[r * 2 + h] = T.float32(1) / T.max(totals[r * 2 + h], T.float32(1e-30))
                 if row + r * TILE + h * 8 < a.query_count:
-                    for n in T.unroll(depth_tiles * 2):
+                    for n in T.unroll(a.head_dim // 8):
                         T.ptx[pack](
                             packed[0],
                             sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + 1] * totals[r * 2 + h],
