@@ -23,12 +23,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 class SelfAttention(torch.nn.Module):
     """Attention between the projections of a Transformer; `mask` and `options` are PyTorch's."""
 
-    def __init__(self, key_heads=HEADS, head_dim=32, repeat=False, crossed=False, mask=None, **options):
+    def __init__(self, key_heads=HEADS, head_dim=32, repeat=False, crossed=False, mask=None, sees=None, **options):
         super().__init__()
         self.query, self.out = torch.nn.Linear(24, HEADS * head_dim), torch.nn.Linear(HEADS * head_dim, 24)
         self.key, self.value = (torch.nn.Linear(24, key_heads * head_dim) for _ in range(2))
         self.head_dim, self.repeat, self.crossed, self.options = head_dim, repeat, crossed, options
         self.register_buffer("mask", mask)
+        self.sees = sees
 
     def forward(self, x):
         others = x.flip(1) if self.crossed else x
@@ -40,7 +41,10 @@ class SelfAttention(torch.nn.Module):
             key, value = (
                 t[:, :, None].expand(-1, -1, HEADS // t.shape[1], -1, -1).reshape(query.shape) for t in (key, value)
             )
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, self.mask, **self.options)
+        mask, positions = self.mask, torch.arange(TOKENS)
+        if self.sees:  # a mask that does not depend on the input, as transformers makes it
+            mask = self.sees(positions[:, None], positions)[None, None].expand(BATCH, -1, TOKENS, TOKENS)
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, **self.options)
         return self.out(attended.transpose(1, 2).contiguous().view(BATCH, TOKENS, -1))
 
 
@@ -70,6 +74,9 @@ WHOLE = {
     "biases": {"mask": biases(1, HEADS, TOKENS, TOKENS)},
     "grouped": {"key_heads": 2, "enable_gqa": True},
     "repeated": {"key_heads": 2, "repeat": True, "mask": padding(BATCH, 1, TOKENS, TOKENS)},
+    "mask of all": {"sees": lambda query, key: query >= 0},
+    "mask of causality": {"sees": lambda query, key: key <= query},
+    "mask of a window": {"sees": lambda query, key: (key <= query) & (key > query - 3)},
     "crossed": {"crossed": True, "mask": padding(BATCH, 1, 1, TOKENS)},
     "one key head": {"key_heads": 1, "repeat": True, "is_causal": True},
 }
@@ -116,9 +123,8 @@ def test_attention_is_one_task_without_transpositions(tvm, kind, dtype):
     (attention,) = filter(None, attentions)
     assert len({source.tensor for source in attention.sources}) == (2 if is_crossed else 1)
     assert attention.heads == HEADS and attention.key_heads == options.get("key_heads", HEADS)
-    assert attention.is_causal == options.get("is_causal", False)
-    mask = options.get("mask")
-    assert (attention.mask_dtype is None) == (mask is None)
+    assert attention.is_causal == (kind == "mask of causality" or options.get("is_causal", False))
+    assert (attention.mask_dtype is not None) == ("mask" in options or kind == "mask of a window")
 
 
 APART = {

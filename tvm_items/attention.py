@@ -4,6 +4,7 @@ What the task is, and in which layout it has its tensors, is in attention_task.p
 operator cancel out.
 """
 
+import functools
 import math
 
 import torch
@@ -76,6 +77,7 @@ def convert_attention(node, importer):
 
     A converter gets a node of the exported graph and TVM's importer, and returns the node's value as a Relax variable.
     Copies of keys and values for the heads that share them, and of a mask for all that it is the same for, are skipped.
+    So is a mask that hides nothing, as transformers gives ViT, or what causality does.
     """
     from tvm import relax
 
@@ -87,6 +89,13 @@ def convert_attention(node, importer):
     is_causal, scale = bool(argument(5, "is_causal", False)), node.kwargs.get("scale")
     batch, heads, query_count, head_dim = shape(query)
     _, key_heads, key_count, _ = shape(key)
+    constant = constant_value(mask) if mask is not None else None
+    if constant is not None and constant.dtype == torch.bool:
+        visible = constant.expand(*constant.shape[:-2], query_count, key_count)
+        if visible.all():
+            mask = None
+        elif torch.equal(visible, torch.ones_like(visible).tril()):
+            mask, is_causal = None, True
     if mask is not None and mask.target == aten.expand.default:
         mask = mask.args[0]
     tensors, sources = find_sources(query, key, value)
@@ -139,6 +148,22 @@ def before_repeat(node):
     batch, _, tokens, head_dim = shape(node)
     key_heads = shape(repeated)[1]
     return repeated if expanded == (batch, key_heads, 1, tokens, head_dim) else node
+
+
+def constant_value(node):
+    """Returns the tensor that a node has whatever the model's inputs and weights are, None where it depends on them."""
+
+    @functools.cache
+    def evaluate(node):
+        if node.op != "call_function":
+            return None
+        values = {source: evaluate(source) for source in node.all_input_nodes}
+        if any(value is None for value in values.values()):
+            return None
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.get)
+        return node.target(*args, **kwargs)
+
+    return evaluate(node)
 
 
 def find_sources(query, key, value):
