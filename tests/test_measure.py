@@ -180,3 +180,15 @@ def main(x: T.Buffer(({SIZE},), "float32"), y: T.Buffer(({SIZE},), "float32")):
         assert measurement.seconds is None and says in measurement.error
     else:
         assert measurement.seconds > 0 and measurement.error is None
+
+
+def test_what_is_measured_with_a_mask_sees_something(tvm, tmp_path):
+    from tvm import te
+
+    mask, x = te.placeholder((64,), name="mask", dtype="bool"), te.placeholder((64,), name="x")
+    y = te.compute((64,), lambda i: te.if_then_else(mask[i], x[i], 0.0), name="y")
+    path = tmp_path / "masked.so"
+    tvm.build(te.create_prim_func([mask, x, y]), target="llvm").export_library(path)
+    arguments = (("bool", (64,)), ("float32", (64,)), ("float32", (64,)))
+    mask, _, y = run_reference(arguments, str(path), "cpu", 0).values
+    assert mask.any() and not mask.all() and torch.equal(y != 0, mask)

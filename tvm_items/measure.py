@@ -125,8 +125,8 @@ class Example(typing.NamedTuple):
 def run_reference(arguments, library, device, seed):
     """Returns the Example of a task that TVM's default schedule gives for seeded inputs.
 
-    arguments: the Task's (dtype, shape) pairs. Floating-point buffers start as standard normal noise, integers as
-    zeros, which are valid wherever they are used as indices.
+    arguments: the Task's (dtype, shape) pairs. Floating-point buffers start as standard normal noise, masks at random,
+    integers as zeros, which are valid wherever they are used as indices.
     """
     import tvm
 
@@ -136,6 +136,8 @@ def run_reference(arguments, library, device, seed):
         dtype = getattr(torch, dtype_name)
         if dtype.is_floating_point:
             before.append(torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype))
+        elif dtype == torch.bool:  # of an attention that sees nothing every result would be zero
+            before.append(torch.rand(shape, generator=generator, device=device) < 0.5)
         else:
             before.append(torch.zeros(shape, device=device, dtype=dtype))
     values = [tensor.clone() for tensor in before]
