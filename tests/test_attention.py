@@ -9,12 +9,12 @@ from transformers import ResNetConfig
 
 from conftest import make_case
 from harness.check import output_arrays, relative_error
-from tvm_items.attention_task import read_attention
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.measure import build_options
 from tvm_items.relax_module import tuned_module
 from tvm_items.tasks import extract_tasks
+from tvm_items.templates.attention_task import read_attention
 
 BATCH, TOKENS, HEADS = 2, 11, 4
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

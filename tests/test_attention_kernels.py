@@ -10,9 +10,9 @@ import torch
 from conftest import H200
 from cuda_emulator import emulate
 from products import make_product
-from tvm_items.attention_task import Attention, Source, define_attention, read_attention
 from tvm_items.tasks import default_schedule
-from tvm_items.templates import find_templates
+from tvm_items.templates.attention_task import Attention, Source, define_attention, read_attention
+from tvm_items.templates.find import find_templates
 
 HEAD_DIMS = {"float16": (32, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
 

@@ -10,7 +10,7 @@ from tvm_items.kernels import compile_kernels
 from tvm_items.measure import build_options
 from tvm_items.spaces import DesignSpaces
 from tvm_items.tasks import default_schedule
-from tvm_items.templates import find_templates
+from tvm_items.templates.find import find_templates
 
 
 def test_kernels_of_every_kind_compile_together(tvm):

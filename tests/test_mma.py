@@ -10,9 +10,9 @@ from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
-from tvm_items.mma import PARAMETERS, Config
-from tvm_items.product_task import ALLOW_TF32
-from tvm_items.templates import find_templates
+from tvm_items.templates.find import find_templates
+from tvm_items.templates.mma import PARAMETERS, Config
+from tvm_items.templates.product_task import ALLOW_TF32
 
 
 def decide(**options):

@@ -8,8 +8,8 @@ from conftest import H200
 from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.lowering import tir_pipeline
-from tvm_items.product_task import find_product_task
-from tvm_items.templates import find_templates
+from tvm_items.templates.find import find_templates
+from tvm_items.templates.product_task import find_product_task
 
 
 def describe(task):

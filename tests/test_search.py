@@ -10,7 +10,7 @@ from tvm_items.database import RECORD, read_siblings, write_database
 from tvm_items.measure import build
 from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Candidate, Trial, find_open_spaces, predict, search
 from tvm_items.spaces import DesignSpaces
-from tvm_items.templates import FIRST_TEMPLATE
+from tvm_items.templates.find import FIRST_TEMPLATE
 
 
 def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():

@@ -9,7 +9,7 @@ from conftest import H200
 from tvm_items.importer import export_for_tvm
 from tvm_items.relax_module import tuned_module
 from tvm_items.tasks import extract_tasks
-from tvm_items.templates import find_templates
+from tvm_items.templates.find import find_templates
 
 
 @pytest.mark.parametrize(

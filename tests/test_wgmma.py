@@ -10,8 +10,8 @@ from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
-from tvm_items.templates import find_templates
-from tvm_items.wgmma import PARAMETERS, Config
+from tvm_items.templates.find import find_templates
+from tvm_items.templates.wgmma import PARAMETERS, Config
 
 
 def decide(**options):

@@ -1,7 +1,7 @@
 """Scaled dot-product attention as one operator: whole through torch.export and TVM's importer, and one task to tune.
 
-What the task is, and in which layout it has its tensors, is in attention_task.py: the permutations around PyTorch's
-operator cancel out.
+What the task is, and in which layout it has its tensors, is in templates/attention_task.py: the permutations around
+PyTorch's operator cancel out.
 """
 
 import functools
@@ -9,11 +9,11 @@ import math
 
 import torch
 
-from tvm_items.attention_task import LOWEST_FP32, Attention, Source, define_attention
+from tvm_items.templates.attention_task import LOWEST_FP32, Attention, Source, define_attention
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-HEAD_DIMS = range(16, 129, 8)  # that attention is one kernel for: attention_kernels.py
+HEAD_DIMS = range(16, 129, 8)  # that attention is one kernel for: templates/attention_kernels.py
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 

@@ -3,7 +3,7 @@
 import collections
 import math
 
-from tvm_items.expressions import is_load
+from tvm_items.templates.expressions import is_load
 
 
 def fuse_around_reductions():

@@ -2,8 +2,8 @@
 
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
-from tvm_items.product_task import ALLOW_TF32
 from tvm_items.reductions import fuse_around_reductions
+from tvm_items.templates.product_task import ALLOW_TF32
 
 
 def tuned_module(exported, target, allow_tf32=False):
@@ -19,7 +19,7 @@ def tuned_module(exported, target, allow_tf32=False):
 
 
 def mark_tf32(module):
-    """Returns a module whose TIR functions say that TF32 may be used: see find_templates() in templates.py."""
+    """Returns a module whose TIR functions say that TF32 may be used: see find_templates() in templates/find.py."""
     import tvm
 
     functions = {

@@ -4,8 +4,8 @@ A candidate is the number of one of its task's design spaces and the decisions o
 et al., arXiv:2205.13603) gives the design spaces, the rules that make a sampled schedule whole, and the features. Its
 sampler throws away 19 of 20 samples of a convolution for CUDA after 30 ms of work on each: DesignSpace.fits() is in its
 place. And its design spaces for CUDA lack what a network at batch 1 needs most, sums that are split between blocks of
-threads: rewrites.py adds them. What no schedule of MetaSchedule's comes near to are templates (templates.py): they are
-design spaces too, with numbers from FIRST_TEMPLATE on.
+threads: rewrites.py adds them. What no schedule of MetaSchedule's comes near to are templates (templates/find.py): they
+are design spaces too, with numbers from FIRST_TEMPLATE on.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from tvm_items.decisions import (
 )
 from tvm_items.rewrites import AS_IT_IS, UNSPLIT, find_rewrites, rewrite_product
 from tvm_items.target import MAX_BLOCK_SHARED_BYTES, MAX_BLOCK_THREADS, WARP_THREADS, load_target
-from tvm_items.templates import find_templates
+from tvm_items.templates.find import find_templates
 from tvm_items.tensor_cores import pad_rows_for_tensor_cores, rules_for_bf16
 
 MAX_VIRTUAL_THREADS = 8  # of a CUDA block, in MetaSchedule's rules

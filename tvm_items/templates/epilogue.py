@@ -1,7 +1,7 @@
 """What follows a product: the sums of a kernel become elements of the task's output."""
 
-from tvm_items.expressions import contiguous_run, dtype_of, find, is_conditional, is_load, loads_of, rewrite
-from tvm_items.product_task import buffer_shape, on_buffers
+from tvm_items.templates.expressions import contiguous_run, dtype_of, find, is_conditional, is_load, loads_of, rewrite
+from tvm_items.templates.product_task import buffer_shape, on_buffers
 
 MAX_VECTOR_BYTES = 16
 

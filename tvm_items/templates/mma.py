@@ -7,12 +7,12 @@ The structure is that of CUTLASS's multistage kernels (https://github.com/NVIDIA
 
 import dataclasses
 
-from tvm_items.expressions import zero
-from tvm_items.output_tile import OutputTile, staging_bytes
-from tvm_items.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
-from tvm_items.product_task import ProductTask
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
-from tvm_items.tiles import Tile, copy_tile
+from tvm_items.templates.expressions import zero
+from tvm_items.templates.output_tile import OutputTile, staging_bytes
+from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
+from tvm_items.templates.product_task import ProductTask
+from tvm_items.templates.tiles import Tile, copy_tile
 
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
 
@@ -58,7 +58,7 @@ class Config:
 class MmaTemplate:
     """The kernels of a task that differ in their parameters."""
 
-    number = 100  # among a task's design spaces: see templates.py
+    number = 100  # among a task's design spaces: see find.py
 
     task: ProductTask
     max_shared_bytes: int  # of a block

@@ -6,12 +6,12 @@ options make a kernel that the device can run; and `realize(decisions)`, the IRM
 the task's signature and is scheduled. It raises ValueError where there is none.
 """
 
-from tvm_items.attention_kernels import attention_template
-from tvm_items.attention_task import read_attention
-from tvm_items.mma import MmaTemplate
-from tvm_items.product_task import ALLOW_TF32, find_product_task
 from tvm_items.target import compute_capability, max_shared_bytes
-from tvm_items.wgmma import WgmmaTemplate
+from tvm_items.templates.attention_kernels import attention_template
+from tvm_items.templates.attention_task import read_attention
+from tvm_items.templates.mma import MmaTemplate
+from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
+from tvm_items.templates.wgmma import WgmmaTemplate
 
 FIRST_TEMPLATE = 100
 MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16

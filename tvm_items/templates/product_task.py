@@ -8,7 +8,8 @@ import dataclasses
 import math
 import typing
 
-from tvm_items.expressions import (
+from tvm_items.rewrites import UNSPLIT, find_product, rewrite_product
+from tvm_items.templates.expressions import (
     contiguous_run,
     dtype_of,
     find,
@@ -18,7 +19,6 @@ from tvm_items.expressions import (
     unflatten,
     uses,
 )
-from tvm_items.rewrites import UNSPLIT, find_product, rewrite_product
 
 ALLOW_TF32 = "allow_tf32"  # an attribute of a task's function: whether operands in fp32 may be rounded to TF32
 MIN_ROWS, MIN_COLUMNS, MIN_TERMS = 8, 8, 16  # with fewer, most of what tensor cores do is padding

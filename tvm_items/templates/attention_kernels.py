@@ -1,12 +1,12 @@
-"""The templates of a task of attention: kernels with parameters that the tuner searches; see templates.py."""
+"""The templates of a task of attention: kernels with parameters that the tuner searches; see find.py."""
 
 import dataclasses
 import typing
 
-from tvm_items.attention_fma import VECTOR, fma_kernel, fma_resources
-from tvm_items.attention_mma import TILE, mma_kernel, mma_resources
-from tvm_items.attention_task import Attention
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.attention_fma import VECTOR, fma_kernel, fma_resources
+from tvm_items.templates.attention_mma import TILE, mma_kernel, mma_resources
+from tvm_items.templates.attention_task import Attention
 
 MMA, FMA = 110, 111  # the templates' numbers
 # Of a thread, and of all threads that a multiprocessor has at once (CUDA C++ Programming Guide, compute capabilities).

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from tvm_items.product_task import Operand
+from tvm_items.templates.product_task import Operand
 
 CHUNK_BYTES = 16  # the most that one asynchronous copy takes, and a row of what ldmatrix loads
 

@@ -1,6 +1,6 @@
 """What all templates for products share: the module around a kernel, and which tile of the output a block computes."""
 
-from tvm_items.output_tile import emit_reduction
+from tvm_items.templates.output_tile import emit_reduction
 
 MIN_STEPS_OF_A_PART = 2  # of a sum that is split
 MAX_PARTIAL_SUMS = 2**22  # of a task: 16 MiB, which stay in the L2 cache until they are added up

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from tvm_items.epilogue import output_vector, store_outputs
-from tvm_items.product_task import ProductTask
+from tvm_items.templates.epilogue import output_vector, store_outputs
+from tvm_items.templates.product_task import ProductTask
 
 STAGING_PAD = 8  # elements behind each row of sums in shared memory, against bank conflicts
 REDUCTION_THREADS = 128

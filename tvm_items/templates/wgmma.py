@@ -9,13 +9,13 @@ CUTLASS's warp-specialized kernels (https://github.com/NVIDIA/cutlass, sm90_mma_
 import dataclasses
 import functools
 
-from tvm_items.expressions import linear_strides
-from tvm_items.output_tile import OutputTile, staging_bytes
-from tvm_items.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
-from tvm_items.product_task import ProductTask
-from tvm_items.stage_barriers import MBARRIER_BYTES, StageBarriers
 from tvm_items.target import WARP_THREADS
-from tvm_items.tiles import Tile, copy_tile
+from tvm_items.templates.expressions import linear_strides
+from tvm_items.templates.output_tile import OutputTile, staging_bytes
+from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
+from tvm_items.templates.product_task import ProductTask
+from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
+from tvm_items.templates.tiles import Tile, copy_tile
 
 WARPGROUP_THREADS = 128
 TERMS = 64  # of a step: in 16 bits a line of 128 bytes, which TMA and wgmma swizzle
@@ -65,9 +65,9 @@ class Config:
 
 @dataclasses.dataclass
 class WgmmaTemplate:
-    """The kernels of a task that differ in their parameters; templates.py says what a template is."""
+    """The kernels of a task that differ in their parameters; find.py says what a template is."""
 
-    number = 101  # among a task's design spaces: see templates.py
+    number = 101  # among a task's design spaces: see find.py
 
     task: ProductTask  # in fp16 or bf16
     max_shared_bytes: int  # of a block

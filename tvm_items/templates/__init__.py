@@ -1,0 +1,1 @@
+"""Kernels with parameters, written by hand, that the tuner searches beside the design spaces of MetaSchedule."""
