@@ -1,4 +1,4 @@
-"""The published schedules under NVIDIA's compute-sanitizer: no kernel leaves its buffers, no threads of a block race.
+"""Published schedules and templates under NVIDIA's compute-sanitizer: kernels stay in their buffers, no threads race.
 
     pytest -m gpu -s tests/test_sanitizer.py
 
@@ -15,32 +15,37 @@ import pytest
 from conftest import ROOT
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
+TOOLS = ["memcheck", "racecheck"]
 DATABASES = sorted((ROOT / "results" / "tuning").glob("*/*.json.gz"))
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not SANITIZER, reason="no compute-sanitizer"),
+]
 
 
-@pytest.mark.gpu
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(not SANITIZER, reason="no compute-sanitizer")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("database", DATABASES, ids=lambda path: path.name.removesuffix(".json.gz"))
-def test_published_schedules_are_clean(database, tool):
+def run_clean(tool, script, *arguments):
+    """Runs a script of tests/ under one of compute-sanitizer's tools; asserts that it passes and nothing is found."""
     done = subprocess.run(
-        [
-            SANITIZER,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "99",
-            sys.executable,
-            ROOT / "tests" / "run_tuned.py",
-            database,
-        ],
+        [SANITIZER, "--tool", tool, "--error-exitcode", "99", sys.executable, ROOT / "tests" / script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
-    found = [line for line in done.stdout.splitlines() if line.startswith(("=========", database.name))]
-    print(f"\n{tool}: " + "\n".join(found[-20:]))
+    found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    print(f"\n{tool}: " + "\n".join([*found, *done.stdout.splitlines()][-20:]))
     assert done.returncode == 0, done.stdout[-4000:]
     assert any("SUMMARY: 0 " in line for line in found)  # the tool has run, and says so
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("database", DATABASES, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_published_schedules_are_clean(database, tool):
+    run_clean(tool, "run_tuned.py", database)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32"])
+def test_templates_are_clean(precision, tool):
+    run_clean(tool, "run_templates.py", precision, "1")
