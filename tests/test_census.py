@@ -1,0 +1,38 @@
+"""What README and docs/families.md say of the census is what its rows say."""
+
+import re
+
+import census
+from conftest import ROOT
+
+
+def counts_of(text):
+    """Returns {test: {status: number of types}} of the table in docs/families.md."""
+    lines = text.partition("<!-- counts")[2].partition("<!-- end")[0].strip().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    header, _, *rows = table
+    return {name: dict(zip(header[1:], map(int, numbers))) for name, *numbers in rows}
+
+
+def test_the_published_page_is_what_the_rows_give(tmp_path):
+    page = tmp_path / "families.md"
+    published = (census.DOCS / "families.md").read_text(encoding="utf-8")
+    page.write_text(published, encoding="utf-8")
+    census.publish(census.read_rows(census.FAMILIES), page)
+    assert page.read_text(encoding="utf-8") == published
+
+
+def test_the_readme_says_what_was_counted():
+    counts = counts_of((census.DOCS / "families.md").read_text(encoding="utf-8"))
+    eager, tvm = counts["torch"], counts["tvm"]
+    sentence = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    reached = tvm["ok"] + tvm["wrong"] + tvm["failed"]
+    for said in (
+        f"Of the {sum(eager.values())} that are not parts of others, eager PyTorch runs {eager['ok'] + eager['wrong']} "
+        f"({eager['wrong']} of them draw random numbers",
+        f"and {eager['no case']} lack a library",
+        f"of the {reached}, mostly small and quick, that have gone through `tvm` so far, {tvm['ok']} are right, "
+        f"{tvm['wrong']} wrong",
+        f"names, {tvm['failed']} failed",
+    ):
+        assert re.sub(r"\s+", " ", said) in sentence
