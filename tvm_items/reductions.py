@@ -61,7 +61,7 @@ def find_group(module, main, calls, reduction):
             users[used].append(binding.var)
 
     def may_join(var, size):
-        return var in calls and size_of(var) == size and is_elementwise(module[calls[var].args[0]])
+        return var in calls and 0 < size_of(var) == size and is_elementwise(module[calls[var].args[0]])
 
     def is_cheap(var):
         return sum(size_of(argument) == size_of(var) for argument in calls[var].args[1]) <= 1
@@ -93,8 +93,18 @@ def without_reshapes_at_its_ends(group, reshapes, calls):
     return group
 
 
-def size_of(var):
-    return math.prod(int(extent) for extent in var.ty.shape)
+def size_of(value):
+    """Returns the number of elements of a Relax value, 0 where that is not known before it runs, or it is no tensor."""
+    shape = getattr(value.ty, "shape", None)
+    return 0 if shape is None else known_product(shape)
+
+
+def known_product(extents):
+    """Returns the product of extents of which all are known, else 0."""
+    from tvm.tirx import IntImm
+
+    known = [int(extent) for extent in extents if isinstance(extent, IntImm)]
+    return math.prod(known) if len(known) == len(extents) else 0
 
 
 def call_as_one(builder, group, calls):
@@ -118,10 +128,10 @@ def with_values(function, values):
     """Returns a Relax function with other values for some of its variables: {variable: expression}."""
     from tvm import relax
 
-    blocks = [
-        type(block)([relax.VarBinding(bound.var, values.get(bound.var, bound.value)) for bound in block.bindings])
-        for block in function.body.blocks
-    ]
+    def replaced(binding):
+        return relax.VarBinding(binding.var, values[binding.var]) if binding.var in values else binding
+
+    blocks = [type(block)([replaced(binding) for binding in block.bindings]) for block in function.body.blocks]
     body = relax.SeqExpr(blocks, function.body.body)
     return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
 
@@ -159,6 +169,8 @@ def reduces_a_row(block):
     if len(axes) != 1:
         return False
     largest = max(elements(region) for region in block.reads)
+    if not all(map(elements, block.reads)):
+        return False
     for region in block.reads:
         *others, last = [index.min for index in region.region]
         if any(axes[0].same_as(other) for other in others) or last.same_as(axes[0]) != (elements(region) == largest):
@@ -183,7 +195,7 @@ def is_reshape(function):
 def is_elementwise_block(block):
     from tvm.sym import Analyzer
 
-    if reduced_axes(block) or len(block.writes) != 1:
+    if reduced_axes(block) or len(block.writes) != 1 or not all(map(elements, [*block.reads, *block.writes])):
         return False
     analyzer = Analyzer()
     for axis in block.iter_vars:
@@ -196,7 +208,8 @@ def is_elementwise_block(block):
 
 
 def elements(region):
-    return math.prod(int(extent) for extent in region.source.shape)
+    """Returns the number of elements of a region's buffer, 0 where that is not known."""
+    return known_product(region.source.shape)
 
 
 def offset(region):
