@@ -2,6 +2,8 @@
 
 import torch
 
+from tvm_items.decisions import random_decisions
+
 
 def make_product(rows):
     """A matrix product (rows, 128) x (128, 64), and after it what reads a result twice, as a TIR module."""
@@ -79,3 +81,11 @@ def random_tensor(generator, placeholder):
     """Returns standard normal noise with the shape and dtype of a TE placeholder."""
     shape = [int(size) for size in placeholder.shape]
     return torch.randn(shape, generator=generator).to(getattr(torch, str(placeholder.dtype)))
+
+
+def random_fitting(template, rng):
+    """Returns random decisions of a template that fit."""
+    decisions = random_decisions(template.choices, rng)
+    while not template.fits(decisions):
+        decisions = random_decisions(template.choices, rng)
+    return decisions

@@ -17,7 +17,7 @@ from transformers import BertConfig, LlamaConfig, ResNetConfig
 from conftest import TINY_BERT, TINY_RESNET, make_case
 from harness import processes
 from harness.case import PRECISIONS
-from tvm_items.decisions import random_decisions
+from products import random_fitting
 from tvm_items.imports import import_tvm_for_tuning
 from tvm_items.kernels import compile_candidate
 from tvm_items.measure import build, measure
@@ -39,9 +39,7 @@ def build_candidates(task, target, count, rng, directory):
     candidates = []
     for number, template in cached_design_spaces(task.module_json, target).templates.items():
         for _ in range(count):
-            decisions = random_decisions(template.choices, rng)
-            while not template.fits(decisions):
-                decisions = random_decisions(template.choices, rng)
+            decisions = random_fitting(template, rng)
             path = str(directory / f"{task.key}.{number}.{len(candidates)}.so")
             candidates.append((number, decisions, build(task.module_json, target, (number, decisions), path)))
     default = build(task.module_json, target, None, str(directory / f"{task.key}.so")) if candidates else None

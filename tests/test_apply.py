@@ -9,9 +9,9 @@ from transformers import BertConfig
 from conftest import H200, TINY_BERT, make_case
 from harness.case import arithmetic
 from harness.weights import load_on_device
+from products import random_fitting
 from tvm_items.apply import apply_database
 from tvm_items.database import RECORD, DatabaseError
-from tvm_items.decisions import random_decisions
 from tvm_items.executable import compile_module, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.measure import build_options
@@ -28,8 +28,7 @@ def make_record(task, rng):
     if not spaces.templates:
         return None
     number, template = list(spaces.templates.items())[-1]
-    decisions = next(filter(template.fits, iter(lambda: random_decisions(template.choices, rng), None)))
-    return dict(zip(RECORD, (task.key, task.name, number, decisions, 1e-6, 2e-6)))
+    return dict(zip(RECORD, (task.key, task.name, number, random_fitting(template, rng), 1e-6, 2e-6)))
 
 
 @pytest.mark.parametrize(

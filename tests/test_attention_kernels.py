@@ -9,7 +9,7 @@ import torch
 
 from conftest import H200
 from cuda_emulator import emulate
-from products import make_product
+from products import make_product, random_fitting
 from tvm_items.search import search
 from tvm_items.tasks import default_schedule
 from tvm_items.templates.attention_task import Attention, Source, define_attention, read_attention
@@ -39,13 +39,6 @@ def make_template(tvm, attention, **target):
     module = tvm.IRModule({"main": define_attention(attention)})
     (template,) = find_templates(module, tvm.target.Target({**json.loads(H200), **target}))
     return template
-
-
-def random_fitting(template, rng):
-    while True:
-        decisions = [rng.randrange(count) for count in template.choices]
-        if template.fits(decisions):
-            return decisions
 
 
 @pytest.mark.parametrize("dtype, head_dim", [(dtype, dim) for dtype, dims in HEAD_DIMS.items() for dim in dims])

@@ -9,12 +9,12 @@ import math
 
 import torch
 
+from tvm_items.constants import VIEWS, behind_views
 from tvm_items.templates.attention_task import LOWEST_FP32, Attention, Source, define_attention
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 HEAD_DIMS = range(16, 129, 8)  # that attention is one kernel for: templates/attention_kernels.py
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 # ---- Export ---------------------------------------------------------------------------------------------------------
@@ -180,9 +180,7 @@ def find_sources(query, key, value):
         if is_slice_of_heads(part, head_dim):
             shared, _, start, _ = part.args
             first, heads = start // head_dim, shape(shared)[-1] // head_dim
-            while shared.target in VIEWS:  # one more view is none; of two views TVM would make a launch
-                shared = shared.args[0]
-            tensor = shared, True
+            tensor = behind_views(shared), True  # one more view is none; of two views TVM would make a launch
         if tensor not in tensors:
             tensors.append(tensor)
         sources.append(Source(tensors.index(tensor), heads, first))
@@ -205,9 +203,7 @@ def projection_of(node):
     """
     if node.target != aten.permute.default or list(node.args[1]) != [0, 2, 1, 3]:
         return None
-    source = node.args[0]
-    while source.target in VIEWS:
-        source = source.args[0]
+    source = behind_views(node.args[0])
     _, heads, _, head_dim = shape(node)
     return source if shape(source)[-1] == heads * head_dim else None
 

@@ -3,6 +3,7 @@
 import torch
 
 aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 # ---- BatchNorm ------------------------------------------------------------------------------------------------------
 
@@ -78,7 +79,8 @@ def constants_of_product(product):
 
 
 def behind_views(node):
-    while node.target == aten.view.default:
+    """Returns what the node is a view of, or a view of a view and so on; itself where it is none."""
+    while node.target in VIEWS:
         node = node.args[0]
     return node
 

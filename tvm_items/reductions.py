@@ -3,6 +3,7 @@
 import collections
 import math
 
+from tvm_items.lowering import is_s_tir
 from tvm_items.templates.expressions import is_load
 
 
@@ -144,7 +145,7 @@ def blocks_of(function):
     import tvm
     from tvm.s_tir import Schedule
 
-    if not isinstance(function, tvm.tirx.PrimFunc) or not function.attrs.get("s_tir"):
+    if not isinstance(function, tvm.tirx.PrimFunc) or not is_s_tir(function):
         return []
     schedule = Schedule(function)
     return [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
