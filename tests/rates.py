@@ -6,6 +6,7 @@ Each product has behind it what models have: a bias, an activation, a layer scal
 cuBLAS, by torch.matmul in a CUDA graph, computes the product alone. All are tuned together for MINUTES (default: 4).
 """
 
+import collections
 import math
 import os
 import sys
@@ -13,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-import tvm_ffi
 
 from harness import processes
 from harness.case import PRECISIONS
 from products import make_batched_product
-from tvm_items.database import read_database
+from tvm_items.database import read_database, read_journal
 from tvm_items.imports import import_tvm_for_tuning
 from tvm_items.kernels import compile_candidate
 from tvm_items.loop import tune
@@ -66,7 +66,10 @@ def time_cublas(dtype):
 
 def main(minutes=4.0, dtype="float16"):
     precision = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # importing TVM starts no CUDA, which forks could not use then
     import_tvm_for_tuning(precision)
+    import tvm_ffi
+
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_candidate, override=True)
     target = processes.call(find_target, CUDA, timeout_s=TIMEOUT_S)
     tasks = processes.call(make_tasks, dtype, timeout_s=TIMEOUT_S)
@@ -76,6 +79,11 @@ def main(minutes=4.0, dtype="float16"):
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
         tune(tasks, target, CUDA, path, "here", None, {}, tolerance, 10**6, 60 * minutes, workers, directory)
         records = {record["name"]: record for record in read_database(path, "here")["records"]}
+        trials = [line for line in read_journal(path, "here") if "space" in line]
+    print(f"{len(trials)} trials, without a time:")
+    failed = collections.Counter((line["space"], line["error"][:200]) for line in trials if "error" in line)
+    for (space, error), count in failed.most_common(10):
+        print(f"{count} of design space {space}: {error}")
     columns = ["rows x columns x terms", "cuBLAS, µs", "tuned, µs", "TFLOP/s", "design space", "decisions"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for extents, alone_s in cublas_s.items():

@@ -6,17 +6,18 @@ COUNT (default: 3) of each template for each task: a ResNet, a BERT and a Llama 
 and checked as the tuner does. test_sanitizer.py runs this under compute-sanitizer.
 """
 
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
-from pathlib import Path
 
-import tvm_ffi
 from transformers import BertConfig, LlamaConfig, ResNetConfig
 
 from conftest import TINY_BERT, TINY_RESNET, make_case
 from harness import processes
 from harness.case import PRECISIONS
+from harness.errors import one_line
 from products import random_fitting
 from tvm_items.imports import import_tvm_for_tuning
 from tvm_items.kernels import compile_candidate
@@ -34,38 +35,64 @@ CONFIGS = [
 ]
 
 
-def build_candidates(task, target, count, rng, directory):
-    """Returns (path of the default schedule, [(template's number, decisions, path)]) of a task, built for the GPU."""
-    candidates = []
-    for number, template in cached_design_spaces(task.module_json, target).templates.items():
-        for _ in range(count):
-            decisions = random_fitting(template, rng)
-            path = str(directory / f"{task.key}.{number}.{len(candidates)}.so")
-            candidates.append((number, decisions, build(task.module_json, target, (number, decisions), path)))
-    default = build(task.module_json, target, None, str(directory / f"{task.key}.so")) if candidates else None
-    return default, candidates
+def draw_candidates(tasks, target, count):
+    """Yields (Task, candidate): first TVM's default schedule of a task that has templates, None, then what is drawn."""
+    rng = random.Random(0)
+    for task in tasks:
+        templates = cached_design_spaces(task.module_json, target).templates
+        if templates:
+            yield task, None
+        for number, template in templates.items():
+            for _ in range(count):
+                yield task, (number, random_fitting(template, rng))
+
+
+def build_or_none(module_json, target, candidate, path):
+    """Returns path, of a built candidate, or None where it does not build; prints why."""
+    try:
+        return build(module_json, target, candidate, path)
+    except Exception as error:
+        print(f"{candidate} does not build: {one_line(error)}", flush=True)
+        return None
 
 
 def main(precision, count=3):
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # importing TVM starts no CUDA, which forks could not use then
     import_tvm_for_tuning(precision)
+    import tvm_ffi
+
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_candidate, override=True)
     target = processes.call(find_target, CUDA, timeout_s=TIMEOUT_S)
+    tolerance, failed = PRECISIONS[precision].tolerance, 0
     tasks = [
         task
         for config in CONFIGS
         for task in processes.call(make_tasks, make_case(config, precision=precision), target, timeout_s=TIMEOUT_S)
     ]
-    rng, failed = random.Random(0), 0
-    with tempfile.TemporaryDirectory() as directory:
-        built = [build_candidates(task, target, count, rng, Path(directory)) for task in tasks]
-        for task, (default, candidates) in zip(tasks, built):  # from here on with CUDA in this process
-            for number, decisions, library in candidates:
-                tolerance = PRECISIONS[precision].tolerance
-                measurement = measure(task.arguments, library, default, CUDA, tolerance, best_s=1.0)
-                failed += measurement.error is not None
-                said = measurement.error or f"{1e6 * measurement.seconds:.1f} µs"
-                print(f"{task.name} {number} {decisions}: {said}", flush=True)
-    print(f"{failed} of {sum(len(candidates) for _, candidates in built)} failed")
+    drawn = list(draw_candidates(tasks, target, count))
+    fork = multiprocessing.get_context("fork")
+    # A process that measures is replaced after an error: it may have broken its CUDA context.
+    with tempfile.TemporaryDirectory() as directory, processes.Worker() as measurer:
+        jobs = [
+            (task.module_json, target, candidate, f"{directory}/{n}.so") for n, (task, candidate) in enumerate(drawn)
+        ]
+        with fork.Pool(len(os.sched_getaffinity(0))) as pool:
+            libraries = pool.starmap(build_or_none, jobs, chunksize=1)
+        for (task, candidate), library in zip(drawn, libraries):
+            if candidate is None:
+                default = library
+                continue
+            said = "does not build"
+            if library is not None:
+                arguments = task.arguments, library, default, CUDA, tolerance, 1.0
+                try:
+                    measurement = measurer.call(measure, *arguments, timeout_s=TIMEOUT_S)
+                    said = measurement.error
+                except processes.WorkerError as error:
+                    said = str(error)
+            failed += said is not None
+            print(f"{task.name} {candidate}: {said or f'{1e6 * measurement.seconds:.1f} µs'}", flush=True)
+    print(f"{failed} of {sum(candidate is not None for _, candidate in drawn)} failed")
     return bool(failed)
 
 

@@ -27,7 +27,10 @@ pytestmark = [
 def run_clean(tool, script, *arguments):
     """Runs a script of tests/ under one of compute-sanitizer's tools; asserts that it passes and nothing is found."""
     done = subprocess.run(
-        [SANITIZER, "--tool", tool, "--error-exitcode", "99", sys.executable, ROOT / "tests" / script, *arguments],
+        [
+            *(SANITIZER, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all"),
+            *(sys.executable, ROOT / "tests" / script, *arguments),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
