@@ -10,7 +10,7 @@ from conftest import H200, TINY_RESNET, make_case
 from harness.case import PRECISIONS
 from harness.weights import load_on_device
 from tvm_items.importer import export_for_tvm, import_to_relax
-from tvm_items.kernels import compile_candidate, compile_kernels, without_type_traits
+from tvm_items.kernels import compile_candidate, compile_kernels, find_arch, without_type_traits
 from tvm_items.tasks import default_schedule
 
 
@@ -39,6 +39,16 @@ def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision, c_type):
     assert header in source and header not in without_type_traits(source)
     using = source + "static_assert(std::is_signed<int>::value);"
     assert without_type_traits(using) == using
+
+
+@pytest.mark.parametrize("version", ["9.0", "9.0.a"])
+def test_the_architecture_is_one_that_nvrtc_knows(tvm, monkeypatch, version):
+    """TVM's name for it has a letter or not; what wgmma is in needs it."""
+    from tvm.support import nvcc
+
+    monkeypatch.setattr(nvcc, "get_target_compute_version", lambda target: version)
+    assert find_arch("mma.sync.aligned.m16n8k16") == "sm_90"
+    assert find_arch("wgmma.mma_async.sync.aligned.m64n64k16") == "sm_90a"
 
 
 def test_kernels_compute_as_fp32_does(tvm):

@@ -34,7 +34,11 @@ def run_clean(tool, script, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        },
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("=========")]
     print(f"\n{tool}: " + "\n".join([*found, *done.stdout.splitlines()][-20:]))

@@ -1,9 +1,12 @@
 """The template of wgmma: its kernels, run on the CPU, are right with copies by TMA and by cp.async."""
 
 import json
+import re
+import subprocess
 
 import pytest
 import torch
+from cuda.pathfinder import find_nvidia_binary_utility
 
 from conftest import H200
 from cuda_emulator import emulate, generate
@@ -94,3 +97,33 @@ def test_kernels_compile_for_hopper(tvm, tma):
     source, *_ = generate(realized, target, tir_pipeline())
     with target:
         assert bytes(compile_candidate(source)).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("columns, stages", [(128, 4), (64, 8)])
+def test_no_sum_is_read_before_its_wait(tvm, tmp_path, columns, stages):
+    """In machine code: ptxas moved half of the conversions of these kernels' sums in front of the wait for them."""
+    module, *_ = make_batched_product((1, 3152, 768, 3072), "float16")
+    target = tvm.target.Target(json.loads(H200))
+    realized = find_template(tvm, module).realize(decide(rows=128, columns=columns, stages=stages, group=1))
+    source, *_ = generate(realized, target, tir_pipeline())
+    with target:
+        (tmp_path / "kernel.cubin").write_bytes(bytes(compile_candidate(source)))
+    disassemble = [find_nvidia_binary_utility("nvdisasm"), "-c", tmp_path / "kernel.cubin"]
+    code = subprocess.run(disassemble, check=True, capture_output=True, text=True).stdout
+    assert code.count("HGMMA") >= 8 and "WARPGROUP.DEPBAR.LE gsb0, 0x0" in code
+    assert not find_early_uses(code)
+
+
+def find_early_uses(code):
+    """Returns the lines of SASS that name a register which a wgmma before them may still write."""
+    pending, found = set(), []
+    for line in code.splitlines():
+        product = re.search(r"HGMMA\.64x(\d+)x16\.\S+ R(\d+),", line)
+        if product:
+            columns, first = map(int, product.groups())
+            pending |= {f"R{register}" for register in range(first, first + columns // 2)}
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+            pending.clear()
+        elif pending & set(re.findall(r"\bR\d+\b", line)):
+            found.append(line)
+    return found

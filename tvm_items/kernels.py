@@ -27,13 +27,14 @@ def compile_kernels(source):
 def find_arch(source):
     """Returns the architecture to compile CUDA C++ for on the current target, such as "sm_90".
 
-    "sm_90a" where the source has instructions that only Hopper has: a target's name is that of the device, "sm_90".
+    "sm_90a" where the source has instructions that only Hopper has: a target's name is that of the device, "sm_90". TVM
+    says "9.0" for a target and "9.0.a" for the device itself, which it looks at where there is no current target.
     """
     import tvm
     from tvm.support import nvcc
 
-    version = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True))
-    return f"sm_{version.replace('.', '')}{'a' if 'wgmma.' in source else ''}"
+    major, minor, *_ = nvcc.get_target_compute_version(tvm.target.Target.current(allow_none=True)).split(".")
+    return f"sm_{major}{minor}{'a' if 'wgmma.' in source else ''}"
 
 
 def split_into_programs(source, limit):

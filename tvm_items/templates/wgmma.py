@@ -23,6 +23,10 @@ INSTRUCTION_ROWS, INSTRUCTION_TERMS = 64, 16
 MAX_SUMS_OF_A_THREAD = 128
 LINE_BYTES = 128
 CONSUMERS_BARRIER = 1  # the number of a barrier of the threads that multiply; 0 is that of the whole block
+# The compiler takes a sum to be there once wgmma is issued: what reads it comes after this, and this after the wait.
+KEEP_BEHIND_WAIT = """
+__device__ __forceinline__ void keep_behind_wait(float& sum) { asm volatile("" : "+f"(sum)); }
+"""
 
 # The options of each parameter.
 ROWS, COLUMNS = (64, 128, 192, 256), (64, 128, 192, 256)  # of a block's tile
@@ -308,7 +312,8 @@ class Kernel:
         line = LINE_BYTES // 2
         self.encode_descriptor(descriptors, 0, self.left, self.warpgroup_row * line)
         self.encode_descriptor(descriptors, 1, self.right, self.left.elements)
-        with build.serial(count) as step:
+        # Not unrolled: ptxas 13.0 moves what reads the sums in front of the last wait, where it has unrolled this.
+        with build.serial(count, unroll=1) as step:
             stage = step % config.stages
             self.barriers.wait_for_full(step)
             build.evaluate(T.ptx["wgmma.fence.sync.aligned"]())
@@ -318,6 +323,8 @@ class Kernel:
             with build.If(tirx.And(step > 0, self.lane == 0)), build.Then():  # the step before has been multiplied
                 self.barriers.emit_arrival(self.barriers.empty((step + config.stages - 1) % config.stages))
         build.evaluate(T.ptx["wgmma.wait_group.sync.aligned"](0))
+        for i in range(config.sums):
+            build.evaluate(T.cuda.func_call("keep_behind_wait", self.sums[i], source_code=KEEP_BEHIND_WAIT))
         tile = OutputTile(
             self.task,
             self.buffers,
