@@ -12,6 +12,8 @@ from harness.check import output_arrays, relative_error
 from harness.models import find_model
 from harness.weights import load_on_device
 from tvm_items.imports import import_tvm
+from tvm_items.measure import build, measure
+from tvm_items.target import find_target
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda:0"
@@ -102,3 +104,17 @@ def test_tvm_shares_the_inputs_and_replays_a_graph(write_model):
             inputs["pixel_values"].mul_(factor)
             for _ in range(3):
                 assert relative_error(output_arrays(run()), reference) < 1e-5
+
+
+def test_a_small_kernel_is_timed_without_its_launch(tvm, tmp_path):
+    """One at a time, kernels of 2 µs and of 4 µs are launched at the same rate: the tuner could not tell them apart."""
+    from tvm import te
+
+    x = te.placeholder((1000,), name="x")
+    module = tvm.IRModule({"main": te.create_prim_func([x, te.compute((1000,), lambda i: x[i] * 2, name="y")])})
+    library = build(tvm.ir.save_json(module), find_target(CUDA), None, str(tmp_path / "double.so"))
+    run, tensors = tvm.runtime.load_module(library), [torch.zeros(1000, device=CUDA) for _ in range(2)]
+    launched = run.time_evaluator("main", tvm.runtime.device(CUDA), number=1000)(*map(tvm.runtime.from_dlpack, tensors))
+    in_graph = measure((("float32", (1000,)),) * 2, library, library, CUDA, 1e-4, None)
+    print(f"\n{1e6 * launched.median:.2f} µs launched one by one, {1e6 * in_graph.seconds:.2f} µs in a graph")
+    assert 0.3e-6 < in_graph.seconds < launched.median

@@ -14,7 +14,7 @@ from pathlib import Path
 from harness import processes
 from tvm_items import loop, measure
 from tvm_items.apply import apply_database
-from tvm_items.database import read_database, read_journal
+from tvm_items.database import journal_path, read_database, read_journal
 from tvm_items.imports import import_tvm
 from tvm_items.relax_module import prepare
 from tvm_items.search import search
@@ -76,6 +76,12 @@ relatives = [[record["space"], record["decisions"]], [record["space"], [[3, 5]]]
 found = processes.call(search, other.module_json, target, [], relatives, 4, 1, timeout_s=60)
 print([[space, decisions] for space, decisions, _ in found].index(relatives[0]), len(found))
 print(json.dumps([read_journal(path, "here"), database]))
+
+measure.build = loop.build = build.__defaults__[0]
+journal_path(path).unlink()
+record["seconds"] = 1e-12
+loop.tune([task], target, "cpu", path, "here", database, {}, 1e-4, 17, 100, 2, str(path.parent))
+print(json.dumps([record, *read_database(path, "here")["records"], *read_journal(path, "here")]))
 """
 
 
@@ -83,7 +89,7 @@ def test_a_bad_candidate_costs_itself_only():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", UNRELIABLE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    scheduled, refusal, borrowed, data = done.stdout.splitlines()
+    scheduled, refusal, borrowed, data, again = done.stdout.splitlines()
     assert scheduled == "[True]" and "1 of 1 records fit no kernel" in refusal
     assert borrowed == "0 4"  # what is best for one product is tried first for the other; what does not fit is not
     journal, database = json.loads(data)
@@ -96,3 +102,7 @@ def test_a_bad_candidate_costs_itself_only():
     (record,) = database["records"]
     assert record["name"] == "fused_matmul_relu"
     assert record["seconds"] < record["default_seconds"]
+    # What a database says is measured again before it counts.
+    claimed, found, default, trial = json.loads(again)
+    assert "default_seconds" in default and trial["decisions"] == claimed["decisions"] and trial["trials"] == 17
+    assert found["decisions"] == claimed["decisions"] and found["seconds"] == trial["seconds"] > 1e-9

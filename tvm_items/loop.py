@@ -90,6 +90,11 @@ class TuningLoop:
         self.builders = [processes.Worker(max_jobs=JOBS_PER_BUILDER) for _ in range(workers)]
         self.measurer = processes.Worker()
         self.to_build = collections.deque((state, None) for state in self.progress.values())
+        # The database may be of another version or another day: what it has is measured again, beside TVM's default.
+        self.to_measure_again = {
+            record["task"]: Candidate(record["space"], record["decisions"], None)
+            for record in (database["records"] if database else [])
+        }
         self.to_measure = collections.deque()
         self.library_numbers = itertools.count()
         self.takes_turns = device == "cpu"
@@ -239,7 +244,13 @@ class TuningLoop:
         if candidate is None:
             state.default_s, state.is_exhausted = seconds, seconds is None
             line["default_seconds"] = seconds
+            again = self.to_measure_again.pop(state.task.key, None)
+            if again and seconds:
+                state.pending += 1
+                self.to_build.append((state, again))
         else:
+            if candidate.features is None:  # measured again: what it took before counts no more
+                state.forget(candidate)
             state.trials.append(Trial(candidate.space, candidate.decisions, seconds, candidate.features))
             state.pending -= 1
             self.trials_done += 1

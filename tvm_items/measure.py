@@ -14,7 +14,7 @@ from tvm_items.spaces import cached_design_spaces
 from tvm_items.target import load_target
 from tvm_items.tasks import default_schedule
 
-REPEATS, MIN_REPEAT_S = 3, 3e-3  # a measurement is the median of so many repeats, each at least so long
+REPEATS, MIN_REPEAT_S = 3, 2e-3  # a measurement is the median of so many repeats, each at least so long
 POISON = 0xFF  # every byte of a candidate's outputs before it runs: NaN in all floating-point formats, -1 in integers
 # Around a candidate's buffers stand NaNs too, in fp16, bf16 and fp32. They are another one around each buffer: a kernel
 # that goes too far copies them from one to the next, and most arithmetic leaves their bits alone.
@@ -95,6 +95,8 @@ def measure(arguments, library, reference_library, device, tolerance, best_s):
         buffers.check(example, tolerance)
 
     def seconds(calls, repeats):
+        if calls > 1 and device != "cpu":
+            return time_in_graph(lambda: module["main"](*shared), device, calls, repeats)
         return module.time_evaluator("main", tvm_device, number=calls, repeat=repeats)(*shared).results
 
     try:
@@ -112,6 +114,29 @@ def measure(arguments, library, reference_library, device, tolerance, best_s):
     except WrongOutput as error:
         return Measurement(None, one_line(error))
     return Measurement(median_s)
+
+
+def time_in_graph(run, device, calls, repeats):
+    """Returns the seconds of one run() on a CUDA device, `repeats` times the mean of `calls` in a CUDA graph.
+
+    So it runs in the model, too. Launched one by one, all kernels of less than about 5 µs take as long as their launch.
+    """
+    import tvm_ffi
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    timers = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    with tvm_ffi.use_torch_stream(torch.cuda.stream(stream)):
+        graph.capture_begin()
+        for _ in range(calls):
+            run()
+        graph.capture_end()
+        graph.replay()
+        for start, end in timers:
+            start.record()
+            graph.replay()
+            end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 / calls for start, end in timers]
 
 
 class Example(typing.NamedTuple):

@@ -38,6 +38,10 @@ class Progress:
         """Whether it may be searched now."""
         return bool(self.best_s_after_rounds) and not self.pending and not self.is_exhausted
 
+    def forget(self, candidate):
+        """Drops the trials of a Candidate."""
+        self.trials = [trial for trial in self.trials if (trial.space, trial.decisions) != candidate[:2]]
+
     def end_round(self):
         if math.isfinite(self.best_s):
             self.best_s_after_rounds.append(self.best_s)
