@@ -14,7 +14,14 @@ from tvm_items.kernels import compile_candidate, compile_kernels, find_arch, wit
 from tvm_items.tasks import default_schedule
 
 
-@pytest.mark.parametrize("precision, c_type", [("fp32", "float"), ("fp16", "half"), ("bf16", "nv_bfloat16")])
+@pytest.mark.parametrize(
+    "precision, c_type",
+    [
+        pytest.param("fp32", "float", marks=pytest.mark.slow),
+        ("fp16", "half"),
+        pytest.param("bf16", "nv_bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_cuda_kernels_for_hopper_without_a_gpu(tvm, precision, c_type):
     """The item's own path up to the cubin: export, import, TVM's default pipeline for sm_90, NVRTC, link."""
     config = ResNetConfig(**{k: v for k, v in TINY_RESNET.items() if k != "model_type"})

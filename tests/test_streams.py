@@ -48,10 +48,11 @@ def quick(model):
 @pytest.mark.parametrize(
     "redirected, variables, errors",
     [
-        ("2>&1 | true; exit ${PIPESTATUS[0]}", {}, 0),  # a reader that goes before the first line
+        # A reader that goes before the first line.
+        pytest.param("2>&1 | true; exit ${PIPESTATUS[0]}", {}, 0, marks=pytest.mark.slow),
         (">&- 2>&- <&-", {}, 0),
         (">/dev/full", {}, 1),
-        ("", {"PYTHONIOENCODING": "latin-1"}, 0),
+        pytest.param("", {"PYTHONIOENCODING": "latin-1"}, 0, marks=pytest.mark.slow),
         ("", {"PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}, 0),
     ],
 )
