@@ -1,16 +1,18 @@
 """Runs random candidates of the templates of small models' tasks on a GPU, against TVM's default schedules.
 
-    python tests/run_templates.py fp16 [COUNT]
+    python tests/run_templates.py fp16 [COUNT [DIRECTORY]]
 
 COUNT (default: 3) of each template for each task: a ResNet, a BERT and a Llama with grouped heads. Each is built, run
-and checked as the tuner does. test_sanitizer.py runs this under compute-sanitizer.
+and checked as the tuner does. With a DIRECTORY they are only built there, for run_built.py.
 """
 
+import json
 import multiprocessing
 import os
 import random
 import sys
 import tempfile
+from pathlib import Path
 
 from transformers import BertConfig, LlamaConfig, ResNetConfig
 
@@ -19,6 +21,7 @@ from harness import processes
 from harness.case import PRECISIONS
 from harness.errors import one_line
 from products import random_fitting
+from run_built import MANIFEST
 from tvm_items.imports import import_tvm_for_tuning
 from tvm_items.kernels import compile_candidate
 from tvm_items.measure import build, measure
@@ -56,35 +59,37 @@ def build_or_none(module_json, target, candidate, path):
         return None
 
 
-def main(precision, count=3):
+def build_all(precision, count, directory):
+    """Returns (Task, candidate, path or None) of all that is drawn, built into an existing directory."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # importing TVM starts no CUDA, which forks could not use then
     import_tvm_for_tuning(precision)
     import tvm_ffi
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_candidate, override=True)
     target = processes.call(find_target, CUDA, timeout_s=TIMEOUT_S)
-    tolerance, failed = PRECISIONS[precision].tolerance, 0
     tasks = [
         task
         for config in CONFIGS
         for task in processes.call(make_tasks, make_case(config, precision=precision), target, timeout_s=TIMEOUT_S)
     ]
     drawn = list(draw_candidates(tasks, target, count))
-    fork = multiprocessing.get_context("fork")
-    # A process that measures is replaced after an error: it may have broken its CUDA context.
-    with tempfile.TemporaryDirectory() as directory, processes.Worker() as measurer:
-        jobs = [
-            (task.module_json, target, candidate, f"{directory}/{n}.so") for n, (task, candidate) in enumerate(drawn)
-        ]
-        with fork.Pool(len(os.sched_getaffinity(0))) as pool:
-            libraries = pool.starmap(build_or_none, jobs, chunksize=1)
-        for (task, candidate), library in zip(drawn, libraries):
+    jobs = [(task.module_json, target, candidate, f"{directory}/{n}.so") for n, (task, candidate) in enumerate(drawn)]
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        libraries = pool.starmap(build_or_none, jobs, chunksize=1)
+    return [(*pair, library) for pair, library in zip(drawn, libraries)]
+
+
+def measure_all(built, precision):
+    """Measures what build_all() returns, prints each, and returns how many failed."""
+    failed = 0
+    with processes.Worker() as measurer:  # its process is replaced after an error, which may have broken CUDA's context
+        for task, candidate, library in built:
             if candidate is None:
                 default = library
                 continue
             said = "does not build"
             if library is not None:
-                arguments = task.arguments, library, default, CUDA, tolerance, 1.0
+                arguments = task.arguments, library, default, CUDA, PRECISIONS[precision].tolerance, 1.0
                 try:
                     measurement = measurer.call(measure, *arguments, timeout_s=TIMEOUT_S)
                     said = measurement.error
@@ -92,9 +97,19 @@ def main(precision, count=3):
                     said = str(error)
             failed += said is not None
             print(f"{task.name} {candidate}: {said or f'{1e6 * measurement.seconds:.1f} µs'}", flush=True)
-    print(f"{failed} of {sum(candidate is not None for _, candidate in drawn)} failed")
-    return bool(failed)
+    print(f"{failed} of {sum(candidate is not None for _, candidate, _ in built)} failed")
+    return failed
+
+
+def main(precision, count=3, directory=None):
+    if directory is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return bool(measure_all(build_all(precision, int(count), scratch), precision))
+    built = build_all(precision, int(count), directory)
+    candidates = [(task.name, candidate, task.arguments, library) for task, candidate, library in built if candidate]
+    (Path(directory) / MANIFEST).write_text(json.dumps(candidates))
+    return any(library is None for *_, library in candidates)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))
+    sys.exit(main(*sys.argv[1:]))
