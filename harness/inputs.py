@@ -8,15 +8,8 @@ import torch
 from harness.case import SEED
 from harness.device import host_memory_bytes
 from harness.errors import UserError, one_line
-from harness.shapes import (
-    find_field,
-    find_shapes,
-    forward_parameters,
-    has_image_tokens,
-    image_config,
-    patch_grid,
-    text_config,
-)
+from harness.shapes import find_shapes, has_image_tokens, image_config, patch_grid, text_config
+from harness.signature import find_field, forward_parameters
 
 CHANGED_SEED = SEED + 1  # of the inputs that an item gets once it was timed
 CHARACTERS = 256  # that a model without a vocabulary is fed: it reads code points or bytes
@@ -59,7 +52,7 @@ def make_inputs(case, seed=SEED):
     inputs, parameters = {}, forward_parameters(case)
     for name, shape in input_shapes(case).items():
         if name.endswith("input_ids") or (name == "inputs" and len(shape) == 2 and "input_ids" in parameters):
-            inputs[name] = make_tokens(case, shape, generator, is_decoded=name.startswith("decoder"))
+            inputs[name] = make_tokens(case, shape, generator, reader=name.removesuffix("input_ids"))
         elif name in ("past_values_padding", "freq", "lang_ids"):  # nothing is padded; the first language, frequency
             inputs[name] = torch.zeros(shape, dtype=torch.long)
         elif name in LAID_OUT:
@@ -81,14 +74,17 @@ def change_inputs(inputs, case):
         inputs[name].copy_(tensor)
 
 
-def make_tokens(case, shape, generator, is_decoded=False):
+def make_tokens(case, shape, generator, reader=""):
     """Returns seeded int64 token ids of the given shape, with an end of text where the model's head looks for one.
 
     The others are ordinary ones: a special token would mask, end or pad. Only where an image must come with its text,
-    and leaves its features in the places of image tokens, does the text begin with these. is_decoded: whether the
-    decoder of an encoder-decoder model gets them.
+    and leaves its features in the places of image tokens, does the text begin with these. reader: "decoder_" or
+    "qformer_" where that part of the model gets them.
     """
-    config = case.config.get_text_config(decoder=True) if is_decoded else text_config(case)
+    if reader == "decoder_":
+        config = case.config.get_text_config(decoder=True)
+    else:
+        config = getattr(case.config, f"{reader}config", None) or text_config(case)
     vocabulary = find_field(config, "vocab_size", default=CHARACTERS)
     special = set()
     for key, value in [*vars(case.config).items(), *vars(config).items()]:
@@ -100,7 +96,7 @@ def make_tokens(case, shape, generator, is_decoded=False):
         tokens += tokens >= token
     if case.config.is_encoder_decoder and case.model_class.__name__.endswith("ForSequenceClassification"):
         tokens[:, -1] = config.eos_token_id  # T5's and BART's classifiers read the state at the end of the text
-    if not is_decoded and has_image_tokens(case.config) and "pixel_values" in find_shapes(case):
+    if not reader and has_image_tokens(case.config) and "pixel_values" in find_shapes(case):
         count = find_field(case.config, "num_query_tokens", "image_seq_length", default=0)
         tokens[:, :count] = find_field(case.config, "image_token_id", "image_token_index")
     return tokens
@@ -132,6 +128,14 @@ def make_patch_positions(case, shape, generator):
     return positions.expand(shape).clone()
 
 
+def make_flattened_patches(case, shape, generator):
+    """Returns noise with the row and column of each patch in front, counted from 1: 0 is what is padded."""
+    patches = torch.randn(shape, generator=generator)
+    sides = [torch.arange(math.isqrt(shape[1]))] * 2
+    patches[..., :2] = torch.cartesian_prod(*sides) + 1
+    return patches
+
+
 def make_merge_sizes(case, shape, generator):
     """Returns for each image how many patches a side are merged into one."""
     return torch.full(shape, find_field(image_config(case), "spatial_merge_size", default=1))
@@ -155,6 +159,7 @@ LAID_OUT = {
     "spatial_shapes": make_rows_and_columns,
     "pixel_position_ids": make_patch_positions,
     "merge_sizes": make_merge_sizes,
+    "flattened_patches": make_flattened_patches,
     "timesteps": make_steps,
     "image_embeds_position_mask": make_image_places,
 }

@@ -3,23 +3,28 @@
 There is no table of models. A name of an argument stands for one kind of input in the whole library; SHAPES says which.
 """
 
-import inspect
 import math
 import re
 
-from transformers import PretrainedConfig
-
 from harness.errors import UserError
+from harness.signature import (
+    documented_shape,
+    family_source,
+    find_config,
+    find_field,
+    forward_doc,
+    forward_parameters,
+    main_inputs,
+)
 
 AUDIO_SAMPLES = 16_000  # one second at 16 kHz, what speech models are trained on
 AUDIO_FRAMES = AUDIO_SAMPLES // 160  # of a spectrogram: one every 10 ms
 BINS = """
 input_feat_per_channel input_size num_mel_bins n_mels feature_projection_input_dim feature_size input_dim
 """.split()  # of a spectrogram
+VIDEO_FRAMES = 4  # of a clip where the config does not say: what the library's processors for language models sample
+MAX_FLATTENED_PATCHES = 2048  # of an image, by the library's processor
 BOXES = 36  # regions of an image that a detector has found, for models that read those
-PART_CONFIGS = """
-vision_config image_config audio_config encoder_config backbone_config semantic_model_config model_config decoder_config
-""".split()
 # Of models that see and read, the configs of their two halves.
 VISION_CONFIGS = ("vision_config", "image_config")
 AUDIO_CONFIGS = ("audio_config", "speech_config")
@@ -51,63 +56,19 @@ def find_shapes(case):
     return {name: SHAPES[name](case) for name in names}
 
 
-def forward_parameters(case):
-    """Returns {name: inspect.Parameter} of the named arguments of the model's forward()."""
-    parameters = inspect.signature(case.model_class.forward).parameters
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name not in ("self", "args", "kwargs") and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    }
-
-
-def main_inputs(case):
-    """Returns the names of the model's main inputs: OneFormer's kind has two; a tower may inherit another's."""
-    main, parameters = case.model_class.main_input_name, forward_parameters(case)
-    return [name for name in (main if isinstance(main, list) else [main]) if name in parameters]
-
-
-def find_field(config, *names, default=None):
-    """Returns the first of the fields `names` that a config, or one of the configs that it consists of, gives a value.
-
-    The config's own come first, then those of PART_CONFIGS, depth first.
-    """
-    for name in names:
-        if (value := getattr(config, name, None)) is not None:
-            return value
-    for part in PART_CONFIGS:
-        inner = getattr(config, part, None)
-        if isinstance(inner, PretrainedConfig) and (value := find_field(inner, *names)) is not None:
-            return value
-    return default
-
-
-def documented_shape(case, name):
-    """Returns the names of an input's dimensions as the docstring of forward() has them, [] where it says nothing."""
-    documented = re.search(rf"^\s*{name} \(`?torch\.\w+`? of shape `?\((.*?)\)`?", forward_doc(case), re.MULTILINE)
-    return documented[1].split(", ") if documented else []
-
-
-def forward_doc(case):
-    return case.model_class.forward.__doc__ or ""
-
-
-def family_source(case):
-    """Returns the source text of the module that the model's class stands in."""
-    return inspect.getsource(inspect.getmodule(case.model_class))
-
-
 # ---- Which optional inputs a model cannot do without -----------------------------------------------------------------
 
 
 def is_image_text(case):
     """Returns whether the model compares or joins an image and a text that are given side by side.
 
-    Language models that see put image tokens into their text; they are fed text alone.
+    Language models that see put image tokens into their text; they are fed text alone, unless it is images first.
     """
     config = case.config
-    if not {"input_ids", "pixel_values"} <= set(forward_parameters(case)) or has_image_tokens(config):
+    if not {"input_ids", "pixel_values"} <= set(forward_parameters(case)):
         return False
+    if has_image_tokens(config):
+        return "pixel_values" in main_inputs(case)
     halves = any(getattr(config, name, None) is not None for name in VISION_CONFIGS)
     return (halves and hasattr(config, "text_config")) or "pixel_values" in main_inputs(case)
 
@@ -134,10 +95,13 @@ def looks_at_its_own_image(case, names):
 OPTIONAL = {
     "bbox": lambda case, names: "input_ids" in names,
     "pixel_values": looks_at_its_own_image,
+    "qformer_input_ids": lambda case, names: "pixel_values" in names,
     "spatial_shapes": lambda case, names: "pixel_values" in names,
     "pixel_attention_mask": lambda case, names: "spatial_shapes" in names,
     "input_features": lambda case, names: "input_ids" in names and is_audio_text(case),
-    "input_features_mask": lambda case, names: "input_features_mask.sum(" in family_source(case),
+    "input_features_mask": lambda case, names: (
+        "input_features" in names and "input_features_mask.sum(" in family_source(case)
+    ),
     "visual_feats": lambda case, names: "input_ids" in names,
     "visual_pos": lambda case, names: "input_ids" in names,
     "lang_ids": lambda case, names: hasattr(case.config, "languages") and not case.config.default_language,
@@ -160,18 +124,32 @@ def text_shape(case):
     config = text_config(case)
     codes = documented_shape(case, "input_ids")[2:]
     count = getattr(config, "num_codebooks", None) if codes else None
+    # One table embeds a token of text, which comes first, and the codes of what was heard meanwhile.
+    if re.search(r"vocab_size \+ \(config\.num_codebooks \* config\.codebook_vocab_size\)", family_source(case)):
+        count = config.num_codebooks + 1
     return (case.batch_size, token_count(case, config), *([count] if count else []))
 
 
 def text_config(case):
     """Returns the config of the part that reads the model's text."""
     config = case.config
-    return config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
+    if not config.is_encoder_decoder:
+        return config.get_text_config()
+    # A library's config that generates sound calls its decoder the text's, whatever is asked for.
+    encoder = getattr(config, "encoder_config", None)
+    return encoder if hasattr(encoder, "vocab_size") else config.get_text_config(encoder=True)
 
 
 def decoder_text_shape(case):
-    """(batch, tokens)"""
-    return (case.batch_size, token_count(case, case.config.get_text_config(decoder=True)))
+    """(batch, tokens); where a token of sound has several codes, (batch, tokens, codes) or (batch * codes, tokens)."""
+    config = case.config.get_text_config(decoder=True)
+    tokens = token_count(case, config)
+    if documented_shape(case, "decoder_input_ids")[:1] != ["batch_size * num_codebooks"]:
+        return (case.batch_size, tokens)
+    codes = find_field(config, "num_codebooks", "num_channels")
+    if "(batch_size, target_sequence_length, num_codebooks)" in forward_doc(case):
+        return (case.batch_size, tokens, codes)
+    return (case.batch_size * codes, tokens)
 
 
 def token_count(case, config):
@@ -206,6 +184,8 @@ def image_shape(case):
         return (case.batch_size, height * width, patch_values(case))
     config = image_config(case)
     frames = find_field(config, "num_frames")
+    if frames is None and re.search(r"frames, \w+, height, width = pixel_values\.shape", family_source(case)):
+        frames = VIDEO_FRAMES
     # Models that match two images say what they take when they are given something else.
     pair = () if "(batch_size, 2, num_channels, height, width)" not in family_source(case) else (2,)
     return (case.batch_size, *pair, *((frames,) if frames else ()), channel_count(config), *image_size(case))
@@ -266,6 +246,13 @@ def patch_mask_shape(case):
     return (case.batch_size, height * width)
 
 
+def flattened_patches_shape(case):
+    """(batch, patches, 2 + values of a patch): row and column of each patch stand in front of its values."""
+    config = image_config(case)
+    side = math.isqrt(min(config.seq_len, MAX_FLATTENED_PATCHES))
+    return (case.batch_size, side * side, 2 + config.patch_embed_hidden_size)
+
+
 def region_shape(case, field):
     return (case.batch_size, BOXES, getattr(case.config, field))
 
@@ -289,15 +276,22 @@ def spectrogram_shape(case):
     """
     config = find_config(case.config, *AUDIO_CONFIGS)
     bins = find_field(config, *BINS, default=80)
-    window = 2 * find_field(config, "n_window", default=1)
+    # Of a model that is fed two frames as one, this field alone tells the bins.
+    is_paired = bins == find_field(config, "feature_projection_input_dim")
+    window = 2 * find_field(config, "n_window", default=1) * find_field(case.config, "downsample_factor", default=1)
     positions = find_field(config, "max_source_positions")
     if positions and find_field(config, "num_mel_bins"):  # Whisper's fixed window
         return (case.batch_size, bins, math.ceil(2 * positions / window) * window)
     if find_field(config, "spec_size"):
         return (case.batch_size, 1, AUDIO_FRAMES, bins)
-    frames = math.ceil(AUDIO_FRAMES / window) * window
+    source = family_source(case)
+    stacked = re.search(r"Linear\(config\.num_mel_bins \* (\d+)", source)  # so many frames are fed as one
+    stacked = int(stacked[1]) if stacked else 1
+    bins *= stacked
+    frames = math.ceil(AUDIO_FRAMES / (2 if is_paired else stacked) / window) * window
     is_first = documented_shape(case, "input_features")[1:2] == ["feature_size"]
-    if is_first or re.search(r"Conv1d\(\s*\w+\.(num_mel_bins|feature_size)", family_source(case)):
+    is_first |= bool(re.search(r"batch_size, (num_mel_bins|feature_size), \w+ = input_features\.shape", source))
+    if is_first or re.search(r"Conv1d\(\s*[\w.]+\.(num_mel_bins|feature_size)", source):
         return (case.batch_size, bins, frames)
     return (case.batch_size, frames, bins)
 
@@ -306,11 +300,6 @@ def spectrogram_mask_shape(case):
     """(batch, frames)"""
     bins_first = spectrogram_shape(case)[1] == find_field(case.config, "num_mel_bins")
     return (case.batch_size, spectrogram_shape(case)[2 if bins_first else 1])
-
-
-def find_config(config, *names):
-    """Returns the first of a config's configs `names` that it has, or the config itself."""
-    return next((part for name in names if (part := getattr(config, name, None)) is not None), config)
 
 
 # ---- Time series and episodes ---------------------------------------------------------------------------------------
@@ -377,6 +366,7 @@ SHAPES = {
     "task_inputs": lambda case: (case.batch_size, case.config.task_seq_len),
     "image_embeds_position_mask": text_shape,
     "query_embeds": lambda case: (case.batch_size, BOXES, case.config.hidden_size),
+    "flattened_patches": flattened_patches_shape,
     "input_values": sound_shape,
     "decoder_input_values": lambda case: (case.batch_size, case.seq_len, case.config.num_mel_bins),
     "input_features": spectrogram_shape,

@@ -13,6 +13,7 @@ from harness.check import output_arrays, relative_error
 from harness.checkpoints import load_pretrained, load_state
 from harness.errors import UserError, one_line
 from harness.inputs import make_inputs
+from harness.shapes import text_config
 from harness.untrusted import without_hub
 
 # Random weights by which a small relative change of the inputs grows more than this are not what training gives.
@@ -42,7 +43,7 @@ def inputs_on_device(case, dtype):
 
 def load_model(case):
     """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients."""
-    for config in (case.config, case.config.get_text_config(), case.config.get_text_config(decoder=True)):
+    for config in (case.config, text_config(case), case.config.get_text_config(decoder=True)):
         config.return_dict, config.use_cache = True, False
     torch.manual_seed(SEED)  # a head that a checkpoint may lack
     if case.weights_dir:

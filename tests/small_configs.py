@@ -76,6 +76,8 @@ COMPLETIONS = {
     "vocab_size": lambda fields: 32,
     "prediction_length": lambda fields: 24,
     "num_time_features": lambda fields: 2,
+    "image_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
+    "video_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
 }
 # Model types that join two others, which their config class leaves to the user.
 JOINED = {

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 import census
 from conftest import ROOT
 
@@ -12,6 +14,12 @@ def counts_of(text):
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header, _, *rows = table
     return {name: dict(zip(header[1:], map(int, numbers))) for name, *numbers in rows}
+
+
+@pytest.mark.parametrize("test", ["torch", "tvm"])
+def test_a_small_instance_goes_through(tvm, test):
+    columns = census.run_test(test, "bert", census.SIZES[0])
+    assert columns["status"] == "ok" and columns["input_shape"] == "input_ids=1x32 attention_mask=1x32"
 
 
 def test_the_published_page_is_what_the_rows_give(tmp_path):

@@ -24,13 +24,21 @@ INSTANCES = {
     "lxmert": (0, "LxmertModel", f"{TEXT} visual_feats=1x36x256 visual_pos=1x36x4"),
     "detr": (0, "DetrModel", "pixel_values=1x3x224x224"),
     "mask2former": (0, "Mask2FormerModel", "pixel_values=1x3x64x64"),
+    "pix2struct": (
+        0,
+        "Pix2StructForConditionalGeneration",
+        "flattened_patches=1x2025x770 decoder_input_ids=1x16",
+    ),
     "sam": (0, "SamModel", "pixel_values=1x3x64x64"),
     "depth_anything": (0, "DepthAnythingForDepthEstimation", "pixel_values=1x3x56x56"),
     "slanet": (0, "SLANetForTableRecognition", "pixel_values=1x3x224x224"),
     "perceiver": (0, "PerceiverForImageClassificationLearned", "inputs=1x3x56x56"),
     "videoprism": (0, "VideoPrismClipModel", f"pixel_values_videos=1x16x3x64x64 {TEXT}"),
     "encodec": (0, "EncodecModel", "input_values=1x1x16000"),
-    "neucodec": (0, "NeuCodecModel", "input_values=1x1x16000 input_features=1x100x160"),
+    "neucodec": (0, "NeuCodecModel", "input_values=1x1x16000 input_features=1x50x160"),
+    "granite_speech5_ctc": (0, "GraniteSpeech5ForCTC", "input_features=1x26x320"),
+    "qwen3_asr_encoder": (0, "Qwen3ASREncoder", "input_features=1x128x100 input_features_mask=1x100"),
+    "dia": (0, "DiaForConditionalGeneration", f"{TEXT} decoder_input_ids=1x16x9"),
     "speech-encoder-decoder": (0, "SpeechEncoderDecoderModel", "inputs=1x16000 decoder_input_ids=1x16"),
     "audioflamingo3_encoder": (0, "AudioFlamingo3Encoder", "input_features=1x128x1024 input_features_mask=1x1024"),
     "decision_transformer": (
@@ -49,7 +57,27 @@ INSTANCES = {
 }
 
 
-@pytest.mark.parametrize("model_type", INSTANCES)
+# Larger ones, since they do not survive more than fewer layers.
+LARGE_INSTANCES = {
+    "instructblip": (4, "InstructBlipModel", f"{TEXT} pixel_values=1x3x224x224 qformer_input_ids=1x16"),
+    "instructblipvideo": (4, "InstructBlipVideoModel", f"{TEXT} pixel_values=1x4x3x224x224 qformer_input_ids=1x16"),
+    "kyutai_speech_to_text": (
+        4,
+        "KyutaiSpeechToTextForConditionalGeneration",
+        "input_ids=1x16x33 attention_mask=1x16x33",
+    ),
+    "musicgen": (4, "MusicgenForConditionalGeneration", f"{TEXT} decoder_input_ids=4x16"),
+}
+INSTANCES |= LARGE_INSTANCES
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(model_type, marks=pytest.mark.slow) if model_type in LARGE_INSTANCES else model_type
+        for model_type in INSTANCES
+    ],
+)
 def test_what_a_family_is_fed(model_type):
     """Its forward() takes it, on both sets of values, and gives numbers."""
     size, class_name, shapes = INSTANCES[model_type]
