@@ -24,8 +24,9 @@ def output_arrays(outputs):
 def relative_error(outputs, reference):
     """Returns the largest ||out - ref|| / ||ref|| over pairs of arrays, in float64; inf where shapes or values are off.
 
-    An output of zeros among others must be one of zeros. Raises ValueError where a reference says nothing: none at all,
-    not finite, or all zero.
+    An output of zeros among others must be one of zeros. Where a reference is infinite, as a detector's scores of words
+    that its text does not have, the output must be so too. Raises ValueError where a reference says nothing: none at
+    all, not a number, nothing finite, or all zero.
     """
     if not reference:
         raise ValueError("the reference has no floating-point output")
@@ -35,9 +36,14 @@ def relative_error(outputs, reference):
         raise ValueError("the reference is all zero")
     errors = []
     for out, ref in zip(outputs, reference, strict=True):
-        norm = np.linalg.norm(ref.astype(np.float64))
-        if not np.isfinite(norm):
+        is_infinite = np.isinf(ref)
+        if np.isnan(ref).any() or (is_infinite.all() and ref.size):
             raise ValueError("the reference is not finite")
+        if not np.array_equal(out[is_infinite], ref[is_infinite]):
+            errors.append(math.inf)
+            continue
+        out, ref = out[~is_infinite], ref[~is_infinite]
+        norm = np.linalg.norm(ref.astype(np.float64))
         difference = np.linalg.norm(out.astype(np.float64) - ref)
         error = difference / norm if norm else (0 if difference == 0 else math.inf)
         errors.append(error if np.isfinite(error) else math.inf)

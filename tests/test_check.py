@@ -17,7 +17,13 @@ def test_relative_error():
     zeros = np.zeros(3, np.float32)
     assert relative_error([*reference, zeros], [*reference, zeros]) == 0
     assert relative_error([*reference, zeros + 1e-9], [*reference, zeros]) == np.inf
-    for useless in ([], [np.zeros(3, np.float32)], [np.array([1, np.inf], np.float32)]):
+    masked = [np.array([3.0, -np.inf, 4.0], np.float32), np.array(1.0, np.float32)]
+    assert relative_error(masked, masked) == 0
+    assert relative_error([masked[0] * 1.1, masked[1]], masked) == pytest.approx(0.1)
+    for wrong in ([3, 0, 4], [3, np.inf, 4], [-np.inf, -np.inf, 4]):
+        assert relative_error([np.array(wrong, np.float32), masked[1]], masked) == np.inf
+    nothing, not_a_number = np.full(3, -np.inf, np.float32), np.array([1, np.nan], np.float32)
+    for useless in ([], [np.zeros(3, np.float32)], [nothing], [*masked, nothing], [not_a_number]):
         with pytest.raises(ValueError, match="the reference"):
             relative_error(useless, useless)
 
