@@ -11,6 +11,7 @@ import functools
 import re
 import typing
 
+from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, POSITIONS, EXPERTS, QUERIES, PIXELS, CHUNK = 1024, 512, 16, 16, 64, 16
@@ -108,10 +109,21 @@ def small_config(default, size):
     shrink(fields, size)
     if size.counts:
         keep_special_tokens_apart(fields)
-    config = type(default).from_dict(fields)
+    drop_base_fields(fields)
+    # from_dict() logs what differs from a default, which those that join two others need not have.
+    config = type(default)(**fields) if default.model_type in JOINED else type(default).from_dict(fields)
     if not hasattr(config, "pad_token_id"):
         config.pad_token_id = None
     return config
+
+
+def drop_base_fields(fields):
+    """Drops what every config has, and has not changed, from the configs in one, in place: not all of them take it."""
+    base = PretrainedConfig().to_dict()
+    for part in fields.values():
+        if isinstance(part, dict):
+            for name in [n for n, value in part.items() if n in base and value == base[n] and n != "model_type"]:
+                del part[name]
 
 
 def complete(fields):
