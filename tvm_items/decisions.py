@@ -114,6 +114,6 @@ def adapt_decision(choice, decision):
         if len(decision) != choice.parts or rest or (choice.is_whole and first != choice.extent):
             return None
         return [first, *decision[1:]]
-    if choice is not None and decision >= choice:
+    if choice is not None and (decision is None or decision >= choice):
         return None
     return decision

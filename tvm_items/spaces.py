@@ -176,12 +176,12 @@ class DesignSpaces:
         rewrite_product(schedule, space.split)
         try:
             Trace(space.trace.insts, given).apply_to_schedule(schedule, remove_postproc=True)
+            made = [read_decision(schedule.trace, inst) for inst in sampling_instructions(schedule.trace)]
+            schedule.enter_postproc()
+            rules = self.context.space_generator.postprocs
+            if not all(rule.apply(schedule) for rule in rules if verify or not isinstance(rule, VerifyGPUCode)):
+                return None
         except Exception:  # a decision that does not fit another one
-            return None
-        made = [read_decision(schedule.trace, inst) for inst in sampling_instructions(schedule.trace)]
-        schedule.enter_postproc()
-        rules = self.context.space_generator.postprocs
-        if not all(rule.apply(schedule) for rule in rules if verify or not isinstance(rule, VerifyGPUCode)):
             return None
         return schedule, made
 
