@@ -31,8 +31,10 @@ def device_directory(directory, device):
     return directory / re.sub(r"[^\w.=-]+", "_", device).strip("_")
 
 
-def read_library(directories, device, tvm_version):
+def read_library(directories, device, tvm_version, with_others=True):
     """Returns the Library of the device, whose files may lie in each of the directories, beside those of others.
+
+    with_others: whether to read those too.
 
     What an earlier directory has of a kernel or a case goes before what a later one has: the first is the user's own,
     in which stands what was measured here. Raises TuningFileError where the device's own files cannot be used; those of
@@ -48,7 +50,7 @@ def read_library(directories, device, tvm_version):
         for case in sorted(read_lines(own / CASES, TunedCase), key=lambda case: -case["tune_trials"]):
             if (case["device"], case["tvm"]) == (device, tvm_version):
                 library.cases.setdefault(case["case"], case)
-        for file in sorted(directory.glob(f"*/{KERNELS}")):
+        for file in sorted(directory.glob(f"*/{KERNELS}")) if with_others else ():
             if file.parent != own:
                 try:
                     library.others.extend(read_lines(file, Kernel))

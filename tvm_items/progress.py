@@ -1,5 +1,6 @@
 """How far tuning has come, task by task: what was measured, what is on its way, and what another round may save."""
 
+import bisect
 import math
 
 from tvm_items.records import describe_argument
@@ -119,8 +120,8 @@ def has_settled(estimates, elapsed_s):
     least a minute: a search that has gone on for long finds the next thing later.
     """
     long_ago_s = elapsed_s - max(MIN_SETTLED_S, SETTLED_SHARE * elapsed_s)
-    before = [estimate for seconds, estimate in estimates if seconds <= long_ago_s]
-    return bool(before) and estimates[-1][1] >= (1 - SETTLED_GAIN) * before[-1]
+    earlier = bisect.bisect(estimates, long_ago_s, key=lambda pair: pair[0])
+    return earlier > 0 and estimates[-1][1] >= (1 - SETTLED_GAIN) * estimates[earlier - 1][1]
 
 
 def is_mostly_searched(progress):

@@ -47,9 +47,12 @@ def tvm_version():
     return None
 
 
-def find_library(case):
-    """Returns the Library of the case's device. Raises TuningFileError where it cannot be used."""
-    return read_library(case.tuning_dirs, case.device_name, tvm_version())
+def find_library(case, with_others=False):
+    """Returns the Library of the case's device. Raises TuningFileError where it cannot be used.
+
+    with_others: whether to read what other devices' libraries have, too.
+    """
+    return read_library(case.tuning_dirs, case.device_name, tvm_version(), with_others)
 
 
 def journal_of(case):
@@ -90,7 +93,7 @@ def plan_tuning(case, tune_trials, tune_minutes):
     where the library or the case's journal cannot be used.
     """
     try:
-        library = find_library(case)
+        library = find_library(case, with_others=True)  # now, so that a warning is seen
         read_journal(*journal_of(case))
     except TuningFileError as error:
         raise UserError(str(error)) from None
@@ -116,7 +119,7 @@ def tune_case(case, asked_trials, limit_s):
     processes.report("looking for kernels")
     target_json = processes.call(find_target, case.device, timeout_s=MAKE_TASKS_TIMEOUT_S)
     tasks = processes.call(make_tasks, case, target_json, timeout_s=MAKE_TASKS_TIMEOUT_S)
-    library, name, (path, origin) = find_library(case), tuned_name(case), journal_of(case)
+    library, name, (path, origin) = find_library(case, with_others=True), tuned_name(case), journal_of(case)
     target = json.loads(target_json)
     arch = target.get("arch") or target.get("mcpu") or target["kind"]
     cores = len(os.sched_getaffinity(0))
