@@ -1,5 +1,6 @@
 """Which candidates of a task are measured next."""
 
+import math
 import os
 
 import numpy as np
@@ -43,6 +44,10 @@ def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm):
     kin = [(99, []), (space, rest), (space, [None] * len(decisions)), (space, decisions), (space, decisions)]
     assert [candidate[:2] for candidate in adapt(module, H200, [], kin, 8)] == [fitting]
     assert adapt(module, H200, [Trial(*fitting, 1e-6, None)], kin, 8) == []  # it was measured
+    loose = (space, [[1, 2 * rows[1] * 5, *rows[2:]], *rest])
+    (found,) = [candidate[:2] for candidate in adapt(module, H200, [], [loose], 8)]
+    assert found[1][1:] == rest and math.prod(found[1][0]) == 96 and spaces.adapt(*loose) is None
+    assert [candidate[:2] for candidate in adapt(module, H200, [], [loose, kin[-1]], 1)] == [fitting]
 
 
 def test_templates_are_searched_beside_the_design_spaces_of_metaschedule(tvm, tmp_path):

@@ -64,10 +64,11 @@ def adapt(module_json, target_json, trials, kin, count):
     """Returns up to `count` new Candidates of a task: what is best for its kin, adapted to its extents.
 
     kin: (space, decisions), the likeliest first; the rest is as in search(), of which this takes a small part of the
-    time: nothing is drawn at random, and there is no cost model.
+    time: nothing is drawn at random, and there is no cost model. What fits loosely comes after all that fits.
     """
     population = Population(cached_design_spaces(module_json, target_json), random.Random(0), trials)
-    population.borrow(kin, count, limit=count)
+    for loosely in (False, True):
+        population.borrow(kin, count, count, loosely)
     return population.candidates
 
 
@@ -80,11 +81,14 @@ class Population:
         self.known = {candidate_key(trial.space, trial.decisions) for trial in trials}
         self.parents = find_parents(spaces.numbers, trials)
 
-    def borrow(self, relatives, count, limit=POPULATION_SIZE // 2):
-        """Adds what fits of `relatives`, at most `limit`; returns the indices of `count` that fit as they are."""
+    def borrow(self, relatives, count, limit=POPULATION_SIZE // 2, loosely=False):
+        """Adds what fits of `relatives`, up to `limit` candidates; returns the indices of `count` that fit as they are.
+
+        loosely: as in adapt_decision().
+        """
         borrowed = []
         for space, decisions in relatives:
-            adapted = self.spaces.adapt(space, decisions)
+            adapted = self.spaces.adapt(space, decisions, loosely)
             is_full = len(self.candidates) >= limit
             if adapted is None or candidate_key(space, adapted) in self.known or is_full:
                 continue
