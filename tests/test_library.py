@@ -8,10 +8,20 @@ import time
 
 import pytest
 
+from conftest import ROOT
 from tvm_items import library
 from tvm_items.journal import Journal, journal_path, read_journal
-from tvm_items.library import CASES, KERNELS, add_to_library, merge_kernels, read_library, schedule_key
-from tvm_items.records import TuningFileError
+from tvm_items.library import (
+    CASES,
+    KERNELS,
+    add_to_library,
+    device_directory,
+    merge_kernels,
+    read_library,
+    read_lines,
+    schedule_key,
+)
+from tvm_items.records import Kernel, TunedCase, TuningFileError
 
 KERNEL = {
     "task": "a",
@@ -204,6 +214,16 @@ def test_directories_in_the_place_of_files(tmp_path):
         Journal(tmp_path / "file" / "case", "here")
     with pytest.raises(TuningFileError, match="cannot be written"):
         add_to_library(tmp_path / "file", [KERNEL], CASE, set())
+
+
+def test_the_published_libraries_can_be_read():
+    devices = {file.parent.name for file in (ROOT / "results" / "tuning").glob(f"*/{KERNELS}")}
+    assert "NVIDIA_H200" in devices
+    for device in devices:
+        kernels = read_lines(ROOT / "results" / "tuning" / device / KERNELS, Kernel)
+        cases = read_lines(ROOT / "results" / "tuning" / device / CASES, TunedCase)
+        assert {kernel["case"] for kernel in kernels} <= {case["case"] for case in cases}
+        assert {device_directory(ROOT, line["device"]).name for line in (*kernels, *cases)} == {device}
 
 
 # ---- Journals -------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ class TuningLoop:
         others = [other.best for other in self.progress.values() if other is not state and other.best]
         relatives = [(best.space, best.decisions) for best in others]
         random.Random(self.trials_done).shuffle(relatives)
-        relatives = state.kin + relatives
+        relatives = state.kin[:ADAPTED_CANDIDATES] + relatives  # no more: what this run has found is nearer
         arguments = (state.task.module_json, self.target_json, state.trials, relatives, ROUND_SIZE, len(state.trials))
         builder.submit(search, *arguments, timeout_s=SEARCH_TIMEOUT_S, label=Job("search", state))
 

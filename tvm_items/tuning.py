@@ -138,11 +138,18 @@ def tune_case(case, asked_trials, limit_s):
         scratch=tempfile.gettempdir(),
     )
     here = {"device": case.device_name, "tvm": tvm_version()}
-    kernels = [{**record, **here, "arch": arch, "case": name} for record in tuned.records]
+    kernels = [{**record, **here, "arch": arch, "case": found_by(record, library, name)} for record in tuned.records]
     measured = {schedule_key({**measured, **here}) for measured in tuned.measured}
     known = library.kernels.keys() | {kernel["task"] for kernel in kernels}
     spent = {**tuned.spent, "kernels": sum(task.key in known for task in tasks)}
     add_to_library(path.parent, kernels, {"case": name, **here, **spent}, measured)
+
+
+def found_by(record, library, name):
+    """Returns the case whose tuning found a record's schedule: that of the library's, where it was measured again."""
+    known = library.kernels.get(record["task"])
+    is_same = known and (known["space"], known["decisions"]) == (record["space"], record["decisions"])
+    return known["case"] if is_same else name
 
 
 def make_tasks(case, target_json):
