@@ -57,6 +57,7 @@ def test_what_is_known_here_is_all_that_is_needed_without_a_search():
     assert find(PRODUCT, [known, kin], searches=False) == ([1], [])
     assert find(PRODUCT, [known | {"space": None}, kin], searches=False) == ([], [])
     assert find(PRODUCT, [known, kin]) == ([1], [2])
+    assert find(PRODUCT, [known | {"name": "", "arguments": []}, kin]) == ([1], [2])  # its hash is what counts
     assert find(PRODUCT, [kin], searches=False) == ([], [2])
     assert find(PRODUCT) == ([], [])
 

@@ -29,10 +29,11 @@ def find_starts(tasks, library, arch, searches):
     arch: the architecture of this device: records of others that have it too go before the rest. searches: whether the
     tasks will be searched; if not, one whose kernel is known on this device gets that schedule and no others.
     """
-    relatives = collections.defaultdict(list)
+    of_task, of_operator = collections.defaultdict(list), collections.defaultdict(list)
     for kernel in (*library.kernels.values(), *library.others):
         if kernel["space"] is not None:
-            relatives[read_operator(kernel["name"], kernel["arguments"])].append(kernel)
+            of_task[kernel["task"]].append(kernel)
+            of_operator[read_operator(kernel["name"], kernel["arguments"])].append(kernel)
     own = {id(kernel) for kernel in library.kernels.values()}
 
     def rank_of_origin(kernel):
@@ -45,9 +46,8 @@ def find_starts(tasks, library, arch, searches):
         if here and not searches:
             starts[task.key] = Start(schedules([here]), [])
             continue
-        related = relatives[read_operator(task.name, arguments)]
-        same = sorted((kernel for kernel in related if kernel["task"] == task.key), key=rank_of_origin)
-        others = [kernel for kernel in related if kernel["task"] != task.key]
+        same = sorted(of_task[task.key], key=rank_of_origin)
+        others = [k for k in of_operator[read_operator(task.name, arguments)] if k["task"] != task.key]
         others.sort(key=lambda kernel: (*distance(task.name, arguments, kernel), rank_of_origin(kernel)))
         if same or others:
             starts[task.key] = Start(schedules(same)[:MAX_KNOWN], schedules(others)[:MAX_KIN])

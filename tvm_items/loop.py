@@ -80,6 +80,8 @@ class TuningLoop:
         self.target_json, self.device, self.tolerance, self.scratch = target_json, device, tolerance, scratch
         self.asked_trials, self.limit_s, self.searches = asked_trials, limit_s, asked_trials is not None
         self.journal = Journal(path, origin)
+        if not self.searches:  # the time may not do for all
+            tasks = sorted(tasks, key=lambda task: -task.launches * task.flops)
         starts = {task.key: starts.get(task.key, Start([], [])) for task in tasks}
         self.progress = {task.key: Progress(task, starts[task.key].kin) for task in tasks}
         self.spent_before_s, self.trials_before = restore(self.progress, case, self.journal.trials)
@@ -150,7 +152,8 @@ class TuningLoop:
     def submit_jobs(self):
         """Gives each idle worker something to do, as far as there is something and its turn has come."""
         if self.takes_turns:
-            is_round = self.measures_until_none_is_left or len(self.to_measure) >= ROUND_SIZE
+            turn = ROUND_SIZE if self.searches else len(self.builders)
+            is_round = self.measures_until_none_is_left or len(self.to_measure) >= turn
             self.measures_until_none_is_left = bool(self.to_measure) and is_round
         for builder in self.builders:
             measuring = self.takes_turns and (self.measures_until_none_is_left or self.measurer.busy)
@@ -166,7 +169,7 @@ class TuningLoop:
         Not before, because what is measured until then says which task it is, and makes its search a better one.
         """
         searching = sum(other.busy and other.label.kind in ("adapt", "search") for other in self.builders)
-        if len(self.to_build) + ROUND_SIZE * searching < self.builds_per_search():
+        if not self.searches or len(self.to_build) + ROUND_SIZE * searching < self.builds_per_search():
             state = self.most_promising()
             if state is not None:
                 self.submit_search(builder, state)
@@ -184,13 +187,13 @@ class TuningLoop:
     def most_promising(self):
         """Returns the Progress to search next, None where none may be: each default schedule is measured first.
 
-        Without a search, those whose kin is to be adapted are all there is.
+        Without a search, it is one whose kin is to be adapted, as soon as its own default schedule is measured.
         """
         states = self.progress.values()
         pending = sum(state.pending for state in states)
         if self.trials_done + pending >= self.budget:
             return None
-        if not all(state.best_s_after_rounds or state.is_exhausted for state in states):
+        if self.searches and not all(state.best_s_after_rounds or state.is_exhausted for state in states):
             return None
         may_be_next = (state for state in states if state.is_open and (self.searches or not state.is_adapted))
         return max(may_be_next, key=Progress.expected_saving_s, default=None)
@@ -223,6 +226,11 @@ class TuningLoop:
         arguments = (state.task.arguments, job.library, state.reference_library, self.device, self.tolerance, best_s)
         self.measurer.submit(measure, *arguments, timeout_s=MEASURE_TIMEOUT_S, label=job)
 
+    def will_build(self, state, candidates):
+        """Puts a task's candidates in the queue; without a search in front, so that one task after another is done."""
+        of_task = [(state, candidate) for candidate in candidates]
+        self.to_build = collections.deque([*self.to_build, *of_task] if self.searches else [*of_task, *self.to_build])
+
     # ---- Jobs that end ----
 
     def end_job(self, worker, outcome):
@@ -243,7 +251,7 @@ class TuningLoop:
         job.state.is_exhausted = job.kind == "search" and not candidates
         if error:
             self.journal.append({"task": job.state.task.key, "error": f"search: {error}"})
-        self.to_build.extend((job.state, candidate) for candidate in candidates)
+        self.will_build(job.state, candidates)
 
     def end_build(self, job, library, error):
         if error:
@@ -270,7 +278,7 @@ class TuningLoop:
             line["default_seconds"] = seconds
             known = self.known.pop(state.task.key) if seconds else []
             state.pending += len(known)
-            self.to_build.extend((state, candidate) for candidate in known)
+            self.will_build(state, known)
         else:
             if candidate.features is None:  # a known one: what it took before counts no more
                 state.forget(candidate)
