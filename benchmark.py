@@ -45,7 +45,7 @@ from harness.rows import LOCAL, LOCAL_RESULTS, RESULTS, SKIPPED_STATUSES, append
 from harness.streams import protect_standard_streams
 from harness.weights import inputs_on_device, load_on_device
 from tvm_items import tuning
-from tvm_items.apply import apply_database
+from tvm_items.apply import compile_with_library
 from tvm_items.executable import compile_and_bind, load_saved, passes_after_scheduling
 from tvm_items.importer import export_for_tvm, import_to_relax
 from tvm_items.imports import import_tvm, import_tvm_for_tuning
@@ -55,7 +55,7 @@ from tvm_items.target import find_target, load_target
 
 gc.enable()
 
-TUNING_DIRS = (LOCAL / "tuning", RESULTS / "tuning")  # a user's own databases, and those that are published
+TUNING_DIRS = (LOCAL / "tuning", RESULTS / "tuning")  # a user's own schedules, and those that are published
 
 # ---- Settings that change the numbers -------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ def parse_args(argv=None):
         choices=[*TEST_ITEMS, "all"],
         metavar="ITEM",
         help=f"what to run: {' '.join(TEST_ITEMS)}, or all (default: all that compile within a minute; tvm_tune where "
-        "there are schedules for the case, or a search is asked for)",
+        "the device's library has schedules, or a search is asked for)",
     )
     add("--device", default="auto", help="auto (CUDA when there is one), cuda, cuda:N or cpu")
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="arithmetic of every item")
@@ -105,13 +105,10 @@ def parse_args(argv=None):
     add(
         "--tune-trials",
         type=at_least_one,
-        help="tvm_tune: candidates to measure for each task, on average "
-        f"(default: {tuning.TUNE_TRIALS} without a database)",
+        help=f"tvm_tune: candidates to measure for each task, on average (default: {tuning.TUNE_TRIALS})",
     )
     add("--tune-minutes", type=positive, help=f"tvm_tune: end of a case's search (default: {tuning.TUNE_MINUTES:g})")
-    add(
-        "--tuning-dir", type=Path, help="where the tuning databases are (default: results/local/tuning, results/tuning)"
-    )
+    add("--tuning-dir", type=Path, help="where the schedules are (default: results/local/tuning, results/tuning)")
     add("--results", type=Path, default=LOCAL_RESULTS, help="the CSV that rows are appended to")
     add("--expected-calls", type=at_least_one, metavar="N", help="also say who wins by one start and N inferences")
     add(
@@ -178,12 +175,12 @@ def tvm_default(model, inputs, case):
 
 def tvm_tuned(model, inputs, case):
     """The same with the graph simplified, operators on weights run once, and each task's best schedule so far."""
-    database = tuning.find_database(case)
+    kernels = tuning.find_kernels(case)
     exported = export_for_tvm(model, inputs, whole_attention=True)
     target = load_target(find_target(case.device))
     module, weights = tuned_module(exported, target, PRECISIONS[case.precision].tf32)
-    module, pipeline = apply_database(module, target, database), passes_after_scheduling(target)
-    return compile_and_bind(module, weights, exported, inputs, target, case, pipeline, build_options(target))
+    how = weights, exported, inputs, target, case, passes_after_scheduling(target), build_options(target)
+    return compile_with_library(module, target, *kernels, lambda scheduled: compile_and_bind(scheduled, *how))
 
 
 def tvm_saved(inputs, case):
@@ -294,6 +291,7 @@ def run_item(name, case, reference):
             "energy_mj_per_sample": timing.energy_mj(case.batch_size),
             "warnings": "; ".join(disturbances(timing.times_ms, timing.before, timing.after)),
             "timing_s": timing_s + (0 if compiles else first_run_s),
+            "schedule_warning": getattr(run, "warning", ""),
         }
         if item.load:
             report("saving")
@@ -504,7 +502,7 @@ class Session:
         """
         args, says = self.args, []
         items = args.test_items or DEFAULT_ITEMS["cpu" if case.device == "cpu" else "cuda"]
-        if not (args.test_items or args.tune_trials or args.tune_minutes or tuning.has_database(case)):
+        if not (args.test_items or args.tune_trials or args.tune_minutes or tuning.runs_unasked(case)):
             items = [name for name in items if name != "tvm_tune"]  # no search starts unasked
             says.append(f"tvm_tune is left out: no schedules for this case yet; {tuning.describe_search(case)}")
         statuses = find_statuses(args.results, columns) if args.skip != "nothing" else {}

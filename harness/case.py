@@ -40,7 +40,7 @@ class Case:
     precision: str
     device: str  # "cpu" or "cuda:N"
     device_name: str
-    tuning_dirs: tuple[Path, ...]  # hold the tuning databases of all devices; the first is written to
+    tuning_dirs: tuple[Path, ...]  # hold the libraries of schedules of all devices; the first is written to
     iterations: int | None  # timed runs; None: as many as the time budget gives
     made_weights: str | None = None  # path of the random weights, which the first process that needs them makes
 

@@ -14,7 +14,7 @@ from harness.errors import UserError, warn
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED_RESULTS, PUBLISHED_COVERAGE = RESULTS / "benchmark.csv", RESULTS / "coverage.csv"
-LOCAL = RESULTS / "local"  # a user's own rows, pictures and tuning databases; ignored by git
+LOCAL = RESULTS / "local"  # a user's own rows, pictures and schedules; ignored by git
 LOCAL_RESULTS = LOCAL / "benchmark.csv"
 
 # New columns go to the end.

@@ -18,8 +18,8 @@ import torch
 from harness import processes
 from harness.case import PRECISIONS
 from products import make_batched_product
-from tvm_items.database import read_database, read_journal
 from tvm_items.imports import import_tvm_for_tuning
+from tvm_items.journal import read_journal
 from tvm_items.kernels import compile_candidate
 from tvm_items.loop import tune
 from tvm_items.target import find_target
@@ -77,8 +77,8 @@ def main(minutes=4.0, dtype="float16"):
     with tempfile.TemporaryDirectory() as directory:
         path, tolerance = Path(directory) / "products.x.fp16", PRECISIONS[precision].tolerance
         workers = max(1, len(os.sched_getaffinity(0)) - 1)
-        tune(tasks, target, CUDA, path, "here", None, {}, tolerance, 10**6, 60 * minutes, workers, directory)
-        records = {record["name"]: record for record in read_database(path, "here")["records"]}
+        found = tune(tasks, {}, target, CUDA, path, "here", None, tolerance, 10**6, 60 * minutes, workers, directory)
+        records = {record["name"]: record for record in found.records}
         trials = [line for line in read_journal(path, "here") if "space" in line]
     print(f"{len(trials)} trials, without a time:")
     failed = collections.Counter((line["space"], line["error"][:200]) for line in trials if "error" in line)

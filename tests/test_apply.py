@@ -1,6 +1,7 @@
-"""A model scheduled by its database: records that are templates, beside what keeps TVM's default schedule."""
+"""A model scheduled by a library: records that are templates, beside what keeps TVM's default schedule."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from conftest import H200, TINY_BERT, make_case
 from harness.case import arithmetic
 from harness.weights import load_on_device
 from products import random_fitting
-from tvm_items.apply import apply_database
-from tvm_items.database import RECORD, DatabaseError
+from tvm_items.apply import compile_with_library
 from tvm_items.executable import compile_module, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.measure import build_options
@@ -28,14 +28,14 @@ def make_record(task, rng):
     if not spaces.templates:
         return None
     number, template = list(spaces.templates.items())[-1]
-    return dict(zip(RECORD, (task.key, task.name, number, random_fitting(template, rng), 1e-6, 2e-6)))
+    return {"task": task.key, "name": task.name, "space": number, "decisions": random_fitting(template, rng)}
 
 
 @pytest.mark.parametrize(
     "precision, instruction, numbers", [("fp16", "wgmma", {101, 110}), ("tf32", "m16n8k8", {100, 111})]
 )
 @torch.no_grad()
-def test_a_model_of_templates_compiles_for_hopper(tvm, precision, instruction, numbers):
+def test_a_model_of_templates_compiles_for_hopper(tvm, monkeypatch, precision, instruction, numbers):
     case, target = make_case(CONFIG, precision=precision), tvm.target.Target(H200)
     with arithmetic(precision) as dtype:
         exported = export_for_tvm(*load_on_device(case, dtype), whole_attention=True)
@@ -43,10 +43,35 @@ def test_a_model_of_templates_compiles_for_hopper(tvm, precision, instruction, n
     rng = random.Random(0)
     records = [record for task in extract_tasks(module, target) if (record := make_record(task, rng))]
     assert {record["space"] for record in records} == numbers
-    scheduled = apply_database(module, target, {"records": records})
+    kernels = {record["task"]: record for record in records}
     options = {"relax.backend.use_cuda_graph": True, **build_options(target)}
-    executable = compile_module(scheduled, target, passes_after_scheduling(target), options)
-    assert instruction in executable.mod.imports[0].imports[0].inspect_source("cuda")
-    unfit = [records[0] | {"task": "0x0"}, records[1] | {"decisions": [99]}, *records[2:]]
-    with pytest.raises(DatabaseError, match=f"2 of {len(records)} records fit no kernel"):
-        apply_database(module, target, {"records": unfit})
+
+    def compile_scheduled(scheduled):
+        executable = compile_module(scheduled, target, passes_after_scheduling(target), options)
+        return SimpleNamespace(source=executable.mod.imports[0].imports[0].inspect_source("cuda"))
+
+    done = compile_with_library(module, target, kernels, len(records), compile_scheduled)
+    assert instruction in done.source and done.warning == ""
+
+    # A record that fits no more costs itself only, and so does one whose kernel the device's compiler refuses.
+    first, second, *rest = records
+    kernels[second["task"]] = second | {"decisions": [99]}
+    del kernels[first["task"]]
+    broken, compiled = rest[0], []
+
+    def build_alone(task_json, target_json, candidate, path):
+        if candidate == (broken["space"], broken["decisions"]):
+            raise RuntimeError("ptxas")
+
+    def compile_without_broken(scheduled):
+        compiled.append(sum("tirx.is_scheduled" in (f.attrs or {}) for f in scheduled.functions.values()))
+        if len(compiled) == 1:
+            raise RuntimeError("a kernel")
+        return SimpleNamespace()
+
+    monkeypatch.setattr("tvm_items.apply.build", build_alone)
+    warning = compile_with_library(module, target, kernels, len(records), compile_without_broken).warning
+    assert (
+        f"the schedule of {second['name']} is left out: ValueError" in warning and "those of 1 more kernels" in warning
+    )
+    assert f"1 of {len(records)} kernels that were tuned" in warning and len(compiled) == 2

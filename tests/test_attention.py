@@ -90,7 +90,7 @@ def prepare(tvm, model, x):
 
 
 def run_unscheduled(exported, module, weights, target, x):
-    """Returns what tvm_tune computes without a database on the CPU."""
+    """Returns what tvm_tune computes without a library on the CPU."""
     case, pipeline = make_case(ResNetConfig()), passes_after_scheduling(target)
     run = compile_and_bind(module, weights, exported, {"x": x}, target, case, pipeline, build_options(target))
     return output_arrays(run())

@@ -7,7 +7,6 @@ each, other ones every time.
 import collections
 import contextlib
 import copy
-import gzip
 import json
 import os
 import shutil
@@ -25,15 +24,11 @@ from harness.checkpoints import check_model, find_safetensors
 from harness.errors import UserError
 from harness.inputs import describe_shapes
 from harness.models import find_model, find_model_class
-from tvm_items.database import (
-    DatabaseError,
-    Journal,
-    database_path,
-    journal_path,
-    read_database,
-    read_journal,
-    read_siblings,
-)
+from tvm_items import library
+from tvm_items.journal import Journal, journal_path, read_journal
+from tvm_items.kin import find_starts
+from tvm_items.records import TuningFileError
+from tvm_items.tasks import Task
 
 CASES = int(os.environ.get("FUZZ", 0))
 tried, accepted = collections.Counter(), collections.Counter()
@@ -51,9 +46,11 @@ CONFIGS = [
     {"model_type": "detr", "backbone_config": {"model_type": "resnet", "depths": [1, 1]}, "num_queries": 5},
     {"model_type": "wav2vec2", "conv_dim": [32, 32], "conv_stride": [5, 2], "conv_kernel": [10, 3], **SMALL},
 ]
-RECORD = {"task": "a", "name": "product", "space": 1, "decisions": [[2, 4], 3], "seconds": 1e-6}
-RECORD |= {"default_seconds": 2e-6}
-DATABASE = {"origin": "here", "tune_time_s": 1.5, "tune_trials": 16, "asked_trials": 8, "records": [RECORD, RECORD]}
+KERNEL = {"task": "a", "name": "fused_matmul1_add", "arguments": ["float32[2,4]", "float32[]"], "space": 1}
+KERNEL |= {"decisions": [[2, 4], 3], "seconds": 1e-6, "default_seconds": 2e-6, "arch": "sm_90", "case": "x.x=1.fp32"}
+KERNEL |= {"device": "here", "tvm": "1"}
+TUNED = {"case": "x.x=1.fp32", "device": "here", "tvm": "1", "tune_time_s": 1.5, "tune_trials": 9, "asked_trials": 8}
+TUNED |= {"kernels": 5}
 JOURNAL = [
     {"origin": "here"},
     {"task": "a", "elapsed_s": 1.5, "default_seconds": 1e-6, "estimated_ms": 0.5},
@@ -201,22 +198,24 @@ def test_index(content):
 
 
 @pytest.mark.timeout(0 if CASES else 600)
-@fuzz(st.tuples(written([DATABASE]), st.booleans(), st.integers(0, 300)), 500)
-def test_database(case):
-    content, is_compressed, length = case
-    with scratch() as directory, refusals(DatabaseError, "database"):
-        path = directory / "model.x=1.fp32"
-        content = gzip.compress(content)[: None if length > 200 else length] if is_compressed else content
-        database_path(path).write_bytes(content)
-        read_siblings([path.with_name("model.x=2.fp32")], "here")
-        for record in read_database(path, "here")["records"]:
-            assert record.keys() == RECORD.keys() and record["space"] >= 0 and record["seconds"] > 0
+@fuzz(st.tuples(written([KERNEL]), written([TUNED])), 500)
+def test_library(lines):
+    with scratch() as directory, refusals(TuningFileError, "library"):
+        (directory / "here").mkdir()
+        for name, line, whole in zip((library.KERNELS, library.CASES), lines, (KERNEL, TUNED)):
+            (directory / "here" / name).write_bytes(json.dumps(whole).encode() + b"\n" + line + b"\n")
+        found = library.read_library([directory], "here", "1")
+        for kernel in (*found.kernels.values(), *found.others):
+            assert kernel.keys() == KERNEL.keys() and kernel["seconds"] >= 0
+        tasks = [Task(key, "matmul", 1, "", (("float32", (4,)), ("float32", ()))) for key in "ab"]
+        for start in find_starts(tasks, found, "sm_90", searches=True).values():
+            assert all(space >= 0 for space, _ in start.known + start.kin)
 
 
 @pytest.mark.timeout(0 if CASES else 600)
 @fuzz(st.lists(written(JOURNAL), max_size=4), 500)
 def test_journal(lines):
-    with scratch() as directory, refusals(DatabaseError, "journal"):
+    with scratch() as directory, refusals(TuningFileError, "journal"):
         journal_path(directory / "case").write_bytes(b'{"origin": "here"}\n' + b"".join(line + b"\n" for line in lines))
         for line in read_journal(directory / "case", "here"):
             assert isinstance(line["task"], str) and line.get("space", 0) >= 0

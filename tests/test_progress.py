@@ -1,16 +1,53 @@
-"""What an interrupted run of the tuner goes on from."""
+"""What an interrupted run of the tuner goes on from, and when a search is over."""
 
-from tvm_items.database import RECORD
-from tvm_items.progress import Progress, restore
+import math
+
+from tvm_items.progress import Progress, has_settled, is_mostly_searched, restore
 from tvm_items.tasks import Task
 
 
-def test_a_database_and_a_later_journal_are_both_restored():
-    progress = {key: Progress(Task(key, key, 1, "", ())) for key in "ab"}
-    record = dict(zip(RECORD, ("a", "a", 0, [1], 1e-6, 2e-6)))
-    database = {"tune_time_s": 50.0, "tune_trials": 500, "records": [record]}
+def make_progress(keys):
+    return {key: Progress(Task(key, key, 1, "", ())) for key in keys}
+
+
+def test_the_library_and_a_later_journal_are_both_restored():
+    progress = make_progress("ab")
+    case = {"tune_time_s": 50.0, "tune_trials": 500}
     journal = [{"task": "a", "space": 0, "decisions": [2], "seconds": 3e-6, "elapsed_s": 52.0, "trials": 501}]
     journal += [{"task": "b", "elapsed_s": 53.0, "error": "search: timeout"}]
-    assert restore(progress, database, journal) == (53.0, 501)
-    assert progress["a"].best_s == 1e-6 and progress["b"].trials == []
+    assert restore(progress, case, journal) == (53.0, 501)
+    assert progress["a"].best_s == 3e-6 and progress["b"].trials == []
     assert restore({}, None, []) == (0.0, 0)
+
+
+def end_of(curve, limit_s=600):
+    """Returns the second at which a search ends whose estimate falls along a curve, a function of the second."""
+    estimates = []
+    for second in range(limit_s):
+        if has_settled(estimates, second):
+            return second
+        estimates.append((second, curve(second)))
+    return limit_s
+
+
+def test_a_search_ends_when_it_has_gained_nothing_for_long_enough():
+    assert end_of(lambda s: 5.0) == 60  # nothing to find
+    assert end_of(lambda s: 5 - 0.04 * (s // 30)) == 60  # what dribbles in is less than 1 % a minute
+    assert end_of(lambda s: 5 - 4 * min(s, 60) / 60) == 120  # all of it found in the first minute
+    assert end_of(lambda s: 1 + 4 * math.exp(-s / 10)) == 120  # 1 % of 1 is left after 60 s of e-folds of 10 s
+    assert 440 < end_of(lambda s: 1 + 4 * math.exp(-s / 50)) < 460  # and after 300 s of 50 s: two thirds of 450
+    assert end_of(lambda s: 5 * (s + 1) ** -0.3) == 600  # never done: only the time ends it
+    assert end_of(lambda s: 5 - (s >= 50) - (s >= 100)) == 160  # each find gives it another minute,
+    assert end_of(lambda s: 5 - sum(s >= at for at in (50, 100, 150, 200, 250))) == 375  # and then a third
+    assert not has_settled([], 1e6) and not has_settled([(550.0, 5.0)], 600)
+
+
+def test_a_search_does_not_end_before_what_matters_was_searched():
+    progress = make_progress("abc")
+    for state, seconds in zip(progress.values(), (90e-6, 8e-6, 2e-6)):
+        state.default_s = seconds
+    assert not is_mostly_searched(progress.values())
+    progress["a"].is_searched = True
+    assert not is_mostly_searched(progress.values())
+    progress["b"].is_exhausted = True
+    assert is_mostly_searched(progress.values())

@@ -62,6 +62,19 @@ def test_a_layer_norm_in_bf16_is_one_launch(tvm):
     assert len(re.findall(r"call_tir\((\w+),", module["main"].script())) == 1  # casts to fp32 and back are in it
 
 
+class Positions(torch.nn.Module):
+    """A cumulative sum, as RoBERTa counts positions: on the CPU a function of TVM's without a root block."""
+
+    def forward(self, x):
+        return torch.cumsum(x, 1) * 2
+
+
+def test_a_function_without_a_root_block_is_left_alone(tvm):
+    exported = export_for_tvm(Positions(), {"x": torch.ones(1, 8, dtype=torch.int64)})
+    target = tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    assert len(extract_tasks(tuned_module(exported, target)[0], target)) == 2
+
+
 @torch.no_grad()
 def test_a_norm_with_what_is_around_it_can_be_one_kernel(tvm):
     exported = export_for_tvm(Norms().eval().half(), {"x": torch.randn(2, 16, 32).half()})

@@ -5,6 +5,7 @@
 compute-sanitizer comes with the CUDA toolkit. A large model takes minutes: `-k "1x3 and memcheck"` picks some.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,11 @@ from conftest import ROOT
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
 TOOLS = ["memcheck", "racecheck"]
-DATABASES = sorted((ROOT / "results" / "tuning").glob("*/*.json.gz"))
+TUNED = [
+    (file.parent, json.loads(line)["case"])
+    for file in sorted((ROOT / "results" / "tuning").glob("*/cases.jsonl"))
+    for line in file.read_text().splitlines()
+]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1800),
@@ -45,9 +50,9 @@ def run_clean(tool, script, *arguments):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("database", DATABASES, ids=lambda path: path.name.removesuffix(".json.gz"))
-def test_published_schedules_are_clean(database, tool):
-    run_clean(tool, "run_tuned.py", database)
+@pytest.mark.parametrize("directory, name", TUNED, ids=[name for _, name in TUNED])
+def test_published_schedules_are_clean(directory, name, tool):
+    run_clean(tool, "run_tuned.py", directory, name)
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "tf32", "fp32"])

@@ -1,14 +1,14 @@
 """Which candidates of a task are measured next."""
 
+import math
 import os
 
 import numpy as np
 
 from conftest import H200
 from products import make_batched_product, make_product
-from tvm_items.database import RECORD, read_siblings, write_database
 from tvm_items.measure import build
-from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Candidate, Trial, find_open_spaces, predict, search
+from tvm_items.search import MIN_TRIALS_OF_A_SPACE, Candidate, Trial, adapt, find_open_spaces, predict, search
 from tvm_items.spaces import DesignSpaces
 from tvm_items.templates.find import FIRST_TEMPLATE
 
@@ -26,28 +26,28 @@ def test_a_design_space_is_given_up_only_when_it_is_explored_and_slow():
     assert find_open_spaces([0, 1], trials(0, *[None] * 20) + trials(1, 1.0)) == [1]
 
 
-def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm, tmp_path):
+def test_a_search_begins_with_what_was_best_at_another_batch_size(tvm):
     arguments = tvm.ir.save_json(make_product(rows=32)), H200
     spaces = DesignSpaces(*arguments)
     found = search(*arguments, [], [], 16, 1)
     space, decisions, _ = next(candidate for candidate in found if spaces[candidate.space].split == 0)
-    database = {"origin": "here", "tune_time_s": 1.0, "tune_trials": 1, "asked_trials": 1}
-    database["records"] = [dict(zip(RECORD, ("hash", "product", space, decisions, 1e-6, 2e-6)))]
-    path = tmp_path / "model.x=96x128.fp32"
-    others = ("model.x=32x128.fp32", "model.x=32x128.fp16", "model.x.x=32x128.fp32", "model.x=96x128.fp32")
-    for name in others:
-        write_database(tmp_path / name, database)
-    write_database(tmp_path / "model.x=1x128.fp32", database | {"origin": "there"})
-    siblings = read_siblings([path], "here")
-    assert siblings == {"product": [(space, decisions)]}  # not of another precision, model or device, and not its own
 
     module = tvm.ir.save_json(make_product(rows=96))
-    found = [candidate[:2] for candidate in search(module, H200, [], siblings["product"], 16, 1)]
+    found = [candidate[:2] for candidate in search(module, H200, [], [(space, decisions)], 16, 1)]
     rows, *rest = decisions
-    assert len(found) == 16 and (space, [[3 * rows[0], *rows[1:]], *rest]) in found
+    fitting = (space, [[3 * rows[0], *rows[1:]], *rest])
+    assert len(found) == 16 and fitting in found
     spaces = DesignSpaces(module, H200)
     assert spaces.adapt(space, [[1, 64, 1, 1, 1], *rest]) is None  # 64 do not divide 96
     assert spaces.adapt(space, rest) is None and spaces.adapt(len(spaces), decisions) is None
+
+    kin = [(99, []), (space, rest), (space, [None] * len(decisions)), (space, decisions), (space, decisions)]
+    assert [candidate[:2] for candidate in adapt(module, H200, [], kin, 8)] == [fitting]
+    assert adapt(module, H200, [Trial(*fitting, 1e-6, None)], kin, 8) == []  # it was measured
+    loose = (space, [[1, 2 * rows[1] * 5, *rows[2:]], *rest])
+    (found,) = [candidate[:2] for candidate in adapt(module, H200, [], [loose], 8)]
+    assert found[1][1:] == rest and math.prod(found[1][0]) == 96 and spaces.adapt(*loose) is None
+    assert [candidate[:2] for candidate in adapt(module, H200, [], [loose, kin[-1]], 1)] == [fitting]
 
 
 def test_templates_are_searched_beside_the_design_spaces_of_metaschedule(tvm, tmp_path):

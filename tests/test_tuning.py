@@ -1,6 +1,6 @@
-"""tvm_tune as a user runs it: what a killed run leaves, what another one needs, and which databases are refused."""
+"""tvm_tune as a user runs it: what a killed run leaves, what another one needs, and which libraries are refused."""
 
-import gzip
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-from conftest import ROOT, TINY_RESNET, process_list, read_csv
+from conftest import ROOT, TINY_RESNET, make_case, process_list, read_csv
+from harness.models import find_model
+from tvm_items import tuning
 from tvm_items.search import candidate_key
 
 ONE_BLOCK = TINY_RESNET | {"hidden_sizes": [32], "depths": [1]}
@@ -87,30 +89,58 @@ def test_a_killed_run_goes_on_and_tuning_pays(tuned):
     estimates = [line["estimated_ms"] for line in lines[len(tuned.before) :] if "estimated_ms" in line]
     assert untuned_ms > estimates[0]  # what the killed run found counts
     assert estimates[-1] > 0 and estimates == sorted(estimates, reverse=True)
-    (file,) = tuned.files(".json.gz")
-    assert file.stat().st_size < 4096
+    (file,) = tuned.files("kernels.jsonl")
+    kernels = list(map(json.loads, file.read_text().splitlines()))
+    assert {kernel["task"] for kernel in kernels} <= {line["task"] for line in lines[1:]}
+    assert file.stat().st_size < 600 * len(kernels)
 
 
 def test_another_run_measures_nothing(tuned):
-    (file,) = tuned.files(".json.gz")
+    """Though one of the schedules fits no more, and another device's library is damaged."""
+    (file,) = tuned.files("kernels.jsonl")
+    content, (first, *rest) = file.read_text(), file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | {"space": 9999}), *rest]))
     other = file.parent.parent / "NVIDIA_H200" / file.name
     other.parent.mkdir()
-    other.write_bytes(file.read_bytes())
+    other.write_text("{}")
     journal, rows = tuned.journal(), len(read_csv(tuned.directory / "rows.csv"))
     done = tuned.run("--test-items", "tvm_tune")
-    assert done.returncode == 0 and "not used here: NVIDIA_H200" in done.stderr
+    assert done.returncode == 0 and "NVIDIA_H200/kernels.jsonl is damaged" in done.stderr
+    assert "is left out: ValueError: the target forbids this candidate" in done.stdout
     assert tuned.journal() == journal
     assert len(read_csv(tuned.directory / "rows.csv")) == rows + 1
+    other.unlink()
+    file.write_text(content)
 
 
-@pytest.mark.parametrize("what", ["damaged", "is of NVIDIA H200"])
-def test_a_damaged_or_foreign_database_is_refused(tuned, what):
-    (file,) = [file for file in tuned.files(".json.gz") if "H200" not in str(file)]
+def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
+    """The same model at another batch size, on which nothing was tuned: what the library has is adapted."""
+    monkeypatch.chdir(tuned.directory)
+    (file,) = tuned.files("kernels.jsonl")
+    before, device = file.read_text().splitlines(), json.loads(file.read_text().splitlines()[0])["device"]
+    fields = {"model_name": str(tuned.directory / "model"), "batch_size": 2, "device_name": device}
+    case = make_case(find_model("model", "random")[0], tuning_dirs=(tuned.directory / "tuning",), **fields)
+    assert tuning.runs_unasked(case) and tuning.plan_tuning(case, None, None) == (None, tuning.ROUND_LIMIT_S)
+    assert tuning.plan_tuning(case, None, 1) == (tuning.TUNE_TRIALS, 60)
+    assert not tuning.runs_unasked(dataclasses.replace(case, precision="fp16"))
+
+    done = tuned.run("--batch-size", "2", "--test-items", "tvm_tune", "--iterations", "20")
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = read_csv(tuned.directory / "rows.csv")[-1]
+    assert row["status"] == "ok" and int(row["tune_trials"]) > 0
+    assert 0 < float(row["tune_time_s"]) <= tuning.ROUND_LIMIT_S + 1
+    found = [json.loads(line) for line in set(file.read_text().splitlines()) - set(before)]
+    found_here = [line for line in found if line["case"] == tuning.tuned_name(case)]
+    assert {line["task"] for line in found_here}.isdisjoint(json.loads(line)["task"] for line in before)
+    assert any(line["space"] is not None and line["seconds"] < 0.8 * line["default_seconds"] for line in found_here)
+    assert tuning.plan_tuning(case, None, None) is None  # what it has found is there
+
+
+def test_a_damaged_library_is_refused(tuned):
+    (file,) = tuned.files("kernels.jsonl")
     content, rows = file.read_bytes(), read_csv(tuned.directory / "rows.csv")
-    database = json.loads(gzip.decompress(content)) | {"origin": "NVIDIA H200, TVM 0.27"}
-    file.write_bytes(content[:-20] if what == "damaged" else gzip.compress(json.dumps(database).encode()))
-    refused = file.read_bytes()
+    file.write_bytes(content[:-20])
     done = tuned.run("--test-items", "torch", "tvm_tune")
-    assert done.returncode == 2 and what in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert file.read_bytes() == refused and read_csv(tuned.directory / "rows.csv") == rows
+    assert done.returncode == 2 and "is damaged" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert file.read_bytes() == content[:-20] and read_csv(tuned.directory / "rows.csv") == rows
     file.write_bytes(content)

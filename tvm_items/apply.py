@@ -1,37 +1,91 @@
-"""Scheduling a model by its tuning database."""
+"""Scheduling a model by a library of schedules."""
 
-from tvm_items.database import DatabaseError
-from tvm_items.measure import schedule_candidate
+import os
+import tempfile
+
+from harness.errors import one_line
+from tvm_items.measure import build, schedule_candidate
 from tvm_items.tasks import default_schedule
 
 
-def apply_database(module, target, database):
-    """Returns a prepared Relax module, scheduled by the best records, and by TVM's default rules where there is none.
+def compile_with_library(module, target, kernels, expected, compile_module):
+    """Returns what compile_module() makes of a prepared Relax module that is scheduled by the best known schedules.
 
-    database: read_database()'s. Raises DatabaseError where a record fits no task: it is not the database of this model
-    as it is exported now.
+    kernels: a Library's, {task's key: fields of a Kernel}. expected: how many of the model's tasks should be among
+    them. compile_module: takes a scheduled module, returns a callable with attributes. A task without a schedule, or
+    with one that cannot be built here, gets TVM's default one; of the latter, the attribute `warning` tells.
     """
+    tasks, unfit = find_tasks(module, kernels), {}
+    scheduled = schedule(module, target, tasks, kernels, unfit)
+    try:
+        run = compile_module(scheduled)
+    except Exception:
+        found_before = len(unfit)
+        find_unbuildable(module, target, tasks, kernels, unfit)
+        if len(unfit) == found_before:
+            raise
+        run = compile_module(schedule(module, target, tasks, kernels, unfit))
+    warnings = [f"the schedule of {kernels[key]['name']} is left out: {error}" for key, error in unfit.items()][:1]
+    if len(unfit) > 1:
+        warnings.append(f"and those of {len(unfit) - 1} more kernels")
+    if (gone := expected - len(set(tasks.values()))) > 0:
+        warnings.append(
+            f"{gone} of {expected} kernels that were tuned are no longer the model's: --tune-minutes tunes anew"
+        )
+    run.warning = ", ".join(warnings)
+    return run
+
+
+def find_tasks(module, kernels):
+    """Returns {name of a TIR function: its task's key} for those functions of a Relax module that `kernels` has."""
     import tvm
     from tvm.s_tir.meta_schedule.utils import shash2hex
 
-    as_task = tvm.get_global_func("tvm.s_tir.meta_schedule.normalize_mod")
-    records, used = {record["task"]: record for record in database["records"]}, set()
+    functions = {name: f for name, f in module.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
+    keys = {name: shash2hex(as_task(function)) for name, function in functions.items()}
+    return {name: key for name, key in keys.items() if key in kernels}
+
+
+def as_task(function):
+    """Returns a TIR function as the IRModule that a Task has."""
+    import tvm
+
+    return tvm.get_global_func("tvm.s_tir.meta_schedule.normalize_mod")(function)
+
+
+def schedule(module, target, tasks, kernels, unfit):
+    """Returns the Relax module with its tasks scheduled by `kernels`, and by TVM's default rules where that has none.
+
+    tasks: find_tasks()'s. unfit: {task's key: error} of those to leave out; what does not fit is added.
+    """
+    import tvm
+
     functions = dict(module.functions.items())
-    for name, function in functions.items():
-        if not isinstance(function, tvm.tirx.PrimFunc):
-            continue
-        task = as_task(function)
-        record = records.get(shash2hex(task))
-        if record is None:
+    for name, key in tasks.items():
+        candidate = kernels[key]["space"], kernels[key]["decisions"]
+        if candidate[0] is None or key in unfit:
             continue
         try:
-            candidate = record["space"], record["decisions"]
-            scheduled = schedule_candidate(tvm.ir.save_json(task), str(target), *candidate)["main"]
-        except ValueError:  # it fits no task of this kind: said below
+            task_json = tvm.ir.save_json(as_task(functions[name]))
+            scheduled = schedule_candidate(task_json, str(target), *candidate)["main"]
+        except Exception as error:  # decisions of another version of TVM's, or damaged ones
+            unfit[key] = one_line(error)
             continue
-        used.add(record["task"])
         functions[name] = scheduled.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
-    if used != records.keys():
-        unfit = f"{len(records) - len(used)} of {len(records)} records fit no kernel of the model"
-        raise DatabaseError(f"{unfit} as it is exported here; delete the database to tune anew")
     return default_schedule(tvm.IRModule(functions, attrs=module.attrs), target)
+
+
+def find_unbuildable(module, target, tasks, kernels, unfit):
+    """Adds to `unfit` those tasks that cannot be built by their schedules, each alone; the rest is as in schedule()."""
+    import tvm
+
+    with tempfile.TemporaryDirectory() as directory:
+        for name, key in tasks.items():
+            candidate = kernels[key]["space"], kernels[key]["decisions"]
+            if candidate[0] is None or key in unfit:
+                continue
+            try:
+                task_json = tvm.ir.save_json(as_task(module[name]))
+                build(task_json, str(target), candidate, os.path.join(directory, "kernel.so"))
+            except Exception as error:
+                unfit[key] = one_line(error)

@@ -102,18 +102,24 @@ def move_factor(factors, max_innermost, rng):
     return moved if moved[-1] <= max_innermost else factors
 
 
-def adapt_decision(choice, decision):
+def adapt_decision(choice, decision, loosely=False):
     """Returns a decision of another task's as it fits this choice, None where it does not.
 
-    The first factor of a tile, the number of blocks or of steps, takes what differs in the extent.
+    The first factor of a tile, the number of blocks or of steps, takes what differs in the extent. loosely: of the
+    other factors, from the innermost one on, only what divides the extent is kept.
     """
     if isinstance(choice, Tile) != isinstance(decision, list):
         return None
     if isinstance(choice, Tile):
-        first, rest = divmod(choice.extent, math.prod(decision[1:]))
-        if len(decision) != choice.parts or rest or (choice.is_whole and first != choice.extent):
+        if len(decision) != choice.parts:
             return None
-        return [first, *decision[1:]]
-    if choice is not None and decision >= choice:
+        rest, kept = choice.extent, []
+        for factor in reversed(decision[1:]):
+            kept.insert(0, math.gcd(rest, factor))
+            rest //= kept[0]
+        if (kept != decision[1:] and not loosely) or (choice.is_whole and rest != choice.extent):
+            return None
+        return [rest, *kept]
+    if choice is not None and (decision is None or decision >= choice):
         return None
     return decision

@@ -15,42 +15,53 @@ import time
 import typing
 
 from harness import processes
-from tvm_items.database import Journal, write_database
+from tvm_items.journal import Journal
+from tvm_items.kin import Start
 from tvm_items.measure import build, measure
-from tvm_items.progress import Progress, describe, estimate_ms, restore
-from tvm_items.search import ROUND_SIZE, Candidate, Trial, search
+from tvm_items.progress import Progress, describe, estimate_ms, has_settled, is_mostly_searched, restore
+from tvm_items.search import ROUND_SIZE, Candidate, Trial, adapt, search
 
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
 ASSUMED_BUILDS_PER_SEARCH = 4  # candidates that a worker builds in the time of a search, until both have been timed
+ADAPTED_CANDIDATES = 8  # of a task's kin, that are measured before its first search or instead of one
 REPORT_INTERVAL_S = 0.5
 JOBS_PER_BUILDER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 
 
-def tune(
-    tasks, target_json, device, path, origin, database, siblings, tolerance, asked_trials, limit_s, workers, scratch
-):
-    """Searches until each task has `asked_trials` on average or `limit_s` seconds have passed; writes the database.
+def tune(tasks, starts, target_json, device, path, origin, case, tolerance, asked_trials, limit_s, workers, scratch):
+    """Searches until tasks have `asked_trials` on average, `limit_s` seconds have passed, or there is no more to gain.
 
-    tasks: list of Tasks. target_json: find_target()'s. device: "cpu" or "cuda:N". path, origin: of the database to
-    write, as in read_database(). database: the one to go on from, or None. siblings: read_siblings()'s. tolerance: the
-    largest relative error of a task's outputs. workers: the number of processes that search and build. scratch: an
-    existing directory for what they build. No thread and no CUDA context may be in the calling process. Raises
-    DatabaseError where the journal cannot be used, RuntimeError where TVM's default schedule works for no task.
+    tasks: list of Tasks. starts: {task's key: Start}, what the library has for some of them. target_json:
+    find_target()'s. device: "cpu" or "cuda:N". path, origin: of the journal, as in read_journal(). case: the library's
+    TunedCase as it is now, or None. tolerance: the largest relative error of a task's outputs. asked_trials: None for
+    no search: what `starts` has is measured and that is all. workers: the number of processes that search and build.
+    scratch: an existing directory for what they build. No thread and no CUDA context may be in the calling process.
+
+    Returns a Tuned. Raises TuningFileError where the journal cannot be used, RuntimeError where TVM's default schedule
+    works for no task.
     """
     loop = TuningLoop(
-        tasks, target_json, device, path, origin, database, siblings, tolerance, asked_trials, limit_s, workers, scratch
+        tasks, starts, target_json, device, path, origin, case, tolerance, asked_trials, limit_s, workers, scratch
     )
     try:
         loop.run()
-        write_database(path, loop.make_database())
+        return loop.result()
     finally:
         loop.close()
+
+
+class Tuned(typing.NamedTuple):
+    """What tuning gave, by the names of a library's fields, without what they say of the device and the case."""
+
+    records: list  # dicts of a Kernel's fields, one for each task of which a candidate was measured
+    measured: list  # task, space and decisions of all that was, in this run and in those that the journal is of
+    spent: dict  # a TunedCase's fields
 
 
 class Job(typing.NamedTuple):
     """What a worker does for a task."""
 
-    kind: str  # "search", "build" or "measure"
+    kind: str  # "adapt", "search", "build" or "measure"
     state: Progress
     candidate: Candidate | None = None  # None: TVM's default schedule, or a search
     library: str | None = None  # path of what is measured
@@ -64,50 +75,38 @@ class TuningLoop:
     """
 
     def __init__(
-        self,
-        tasks,
-        target_json,
-        device,
-        path,
-        origin,
-        database,
-        siblings,
-        tolerance,
-        asked_trials,
-        limit_s,
-        workers,
-        scratch,
+        self, tasks, starts, target_json, device, path, origin, case, tolerance, asked_trials, limit_s, workers, scratch
     ):
         self.target_json, self.device, self.tolerance, self.scratch = target_json, device, tolerance, scratch
-        self.origin, self.asked_trials, self.limit_s = origin, asked_trials, limit_s
+        self.asked_trials, self.limit_s, self.searches = asked_trials, limit_s, asked_trials is not None
         self.journal = Journal(path, origin)
-        self.progress = {task.key: Progress(task) for task in tasks}
-        self.spent_before_s, self.trials_before = restore(self.progress, database, self.journal.trials)
-        self.siblings = siblings
+        if not self.searches:  # the time may not do for all
+            tasks = sorted(tasks, key=lambda task: -task.launches * task.flops)
+        starts = {task.key: starts.get(task.key, Start([], [])) for task in tasks}
+        self.progress = {task.key: Progress(task, starts[task.key].kin) for task in tasks}
+        self.spent_before_s, self.trials_before = restore(self.progress, case, self.journal.trials)
         self.trials_done = self.trials_before
-        self.budget = asked_trials * len(tasks)
+        self.budget = asked_trials * len(tasks) if self.searches else math.inf
         self.start, self.next_report = time.monotonic(), 0.0
         self.builders = [processes.Worker(max_jobs=JOBS_PER_BUILDER) for _ in range(workers)]
         self.measurer = processes.Worker()
         self.to_build = collections.deque((state, None) for state in self.progress.values())
-        # The database may be of another version or another day: what it has is measured again, beside TVM's default.
-        self.to_measure_again = {
-            record["task"]: Candidate(record["space"], record["decisions"], None)
-            for record in (database["records"] if database else [])
-        }
+        # A record may be of another device, another version or another day: it is measured beside TVM's default.
+        self.known = {key: [Candidate(*schedule, None) for schedule in start.known] for key, start in starts.items()}
         self.to_measure = collections.deque()
         self.library_numbers = itertools.count()
         self.takes_turns = device == "cpu"
         self.measures_until_none_is_left = False  # where they take turns
         self.durations_s = {kind: collections.deque(maxlen=ROUND_SIZE * workers) for kind in ("build", "search")}
+        self.estimates = []  # (seconds of this run, estimated milliseconds), once each task's default was measured
 
     def run(self):
-        """Runs until the trials are done, the time is over, or every task is exhausted."""
-        while self.elapsed_s() < self.limit_s and self.trials_done < self.budget:
+        """Runs until the trials are done, the time is over, nothing is left to do, or the search has settled."""
+        while self.elapsed_s() < self.limit_s and self.trials_done < self.budget and not self.is_settled():
             self.submit_jobs()
             busy = [worker for worker in (*self.builders, self.measurer) if worker.busy]
             if not busy:
-                break  # every task is exhausted
+                break  # every task is exhausted, or there is no search
             multiprocessing.connection.wait([worker.connection for worker in busy], timeout=0.2)
             for worker in busy:
                 if outcome := worker.outcome():
@@ -124,25 +123,37 @@ class TuningLoop:
     def elapsed_s(self):
         return time.monotonic() - self.start
 
-    def make_database(self):
-        """Returns the database of all that was measured, in this run and before."""
+    def is_settled(self):
+        """Whether the search has come to its end before its time and its trials have."""
+        if not self.searches or not has_settled(self.estimates, self.elapsed_s()):
+            return False
+        return is_mostly_searched(self.progress.values())
+
+    def result(self):
+        """Returns the Tuned of all that was measured, in this run and before."""
         is_complete = self.trials_done >= self.budget or self.elapsed_s() < self.limit_s
-        if not any(state.best_s < math.inf for state in self.progress.values()):
+        states = self.progress.values()
+        if all(state.is_exhausted and not state.default_s for state in states):
             raise RuntimeError("no kernel of the model could be built and measured by TVM's default rules")
-        return {
-            "origin": self.origin,
+        records, measured = [], []
+        for state in states:
+            of_task, measured_of_task = state.records()
+            records += of_task
+            measured += measured_of_task
+        spent = {
             "tune_time_s": round(self.spent_before_s + self.elapsed_s(), 1),
             "tune_trials": self.trials_done,
-            "asked_trials": self.asked_trials if is_complete else 0,
-            "records": [state.best_record() for state in self.progress.values() if state.is_improved],
+            "asked_trials": self.asked_trials if self.searches and is_complete else 0,
         }
+        return Tuned(records, measured, spent)
 
     # ---- Jobs that begin ----
 
     def submit_jobs(self):
         """Gives each idle worker something to do, as far as there is something and its turn has come."""
         if self.takes_turns:
-            is_round = self.measures_until_none_is_left or len(self.to_measure) >= ROUND_SIZE
+            turn = ROUND_SIZE if self.searches else len(self.builders)
+            is_round = self.measures_until_none_is_left or len(self.to_measure) >= turn
             self.measures_until_none_is_left = bool(self.to_measure) and is_round
         for builder in self.builders:
             measuring = self.takes_turns and (self.measures_until_none_is_left or self.measurer.busy)
@@ -157,8 +168,8 @@ class TuningLoop:
 
         Not before, because what is measured until then says which task it is, and makes its search a better one.
         """
-        searching = sum(other.busy and other.label.kind == "search" for other in self.builders)
-        if len(self.to_build) + ROUND_SIZE * searching < self.builds_per_search():
+        searching = sum(other.busy and other.label.kind in ("adapt", "search") for other in self.builders)
+        if not self.searches or len(self.to_build) + ROUND_SIZE * searching < self.builds_per_search():
             state = self.most_promising()
             if state is not None:
                 self.submit_search(builder, state)
@@ -174,21 +185,32 @@ class TuningLoop:
         return len(self.builders) * (per_builder + 1)
 
     def most_promising(self):
-        """Returns the Progress to search next, None where none may be: each default schedule is measured first."""
+        """Returns the Progress to search next, None where none may be: each default schedule is measured first.
+
+        Without a search, it is one whose kin is to be adapted, as soon as its own default schedule is measured.
+        """
         states = self.progress.values()
         pending = sum(state.pending for state in states)
         if self.trials_done + pending >= self.budget:
             return None
-        if not all(state.best_s_after_rounds or state.is_exhausted for state in states):
+        if self.searches and not all(state.best_s_after_rounds or state.is_exhausted for state in states):
             return None
-        return max((state for state in states if state.is_open), key=Progress.expected_saving_s, default=None)
+        may_be_next = (state for state in states if state.is_open and (self.searches or not state.is_adapted))
+        return max(may_be_next, key=Progress.expected_saving_s, default=None)
 
     def submit_search(self, builder, state):
+        """Gives an idle builder the search of a task; what it has of kin is adapted first."""
         state.pending = ROUND_SIZE
+        if not state.is_adapted:
+            state.is_adapted = True
+            arguments = (state.task.module_json, self.target_json, state.trials, state.kin, ADAPTED_CANDIDATES)
+            builder.submit(adapt, *arguments, timeout_s=SEARCH_TIMEOUT_S, label=Job("adapt", state))
+            return
+        state.is_searched = True
         others = [other.best for other in self.progress.values() if other is not state and other.best]
         relatives = [(best.space, best.decisions) for best in others]
         random.Random(self.trials_done).shuffle(relatives)
-        relatives = self.siblings.get(state.task.name, []) + relatives
+        relatives = state.kin[:ADAPTED_CANDIDATES] + relatives  # no more: what this run has found is nearer
         arguments = (state.task.module_json, self.target_json, state.trials, relatives, ROUND_SIZE, len(state.trials))
         builder.submit(search, *arguments, timeout_s=SEARCH_TIMEOUT_S, label=Job("search", state))
 
@@ -204,22 +226,32 @@ class TuningLoop:
         arguments = (state.task.arguments, job.library, state.reference_library, self.device, self.tolerance, best_s)
         self.measurer.submit(measure, *arguments, timeout_s=MEASURE_TIMEOUT_S, label=job)
 
+    def will_build(self, state, candidates):
+        """Puts a task's candidates in the queue; without a search in front, so that one task after another is done."""
+        of_task = [(state, candidate) for candidate in candidates]
+        self.to_build = collections.deque([*self.to_build, *of_task] if self.searches else [*of_task, *self.to_build])
+
     # ---- Jobs that end ----
 
     def end_job(self, worker, outcome):
         job = worker.label
         if job.kind in self.durations_s:
             self.durations_s[job.kind].append(time.monotonic() - worker.started)
-        end = {"search": self.end_search, "build": self.end_build, "measure": self.end_measurement}[job.kind]
+        end = {
+            "adapt": self.end_search,
+            "search": self.end_search,
+            "build": self.end_build,
+            "measure": self.end_measurement,
+        }[job.kind]
         end(job, outcome.value, outcome.error and str(outcome.error))
 
     def end_search(self, job, candidates, error):
         candidates = candidates or []
         job.state.pending = len(candidates)
-        job.state.is_exhausted = not candidates
+        job.state.is_exhausted = job.kind == "search" and not candidates
         if error:
             self.journal.append({"task": job.state.task.key, "error": f"search: {error}"})
-        self.to_build.extend((job.state, candidate) for candidate in candidates)
+        self.will_build(job.state, candidates)
 
     def end_build(self, job, library, error):
         if error:
@@ -244,12 +276,11 @@ class TuningLoop:
         if candidate is None:
             state.default_s, state.is_exhausted = seconds, seconds is None
             line["default_seconds"] = seconds
-            again = self.to_measure_again.pop(state.task.key, None)
-            if again and seconds:
-                state.pending += 1
-                self.to_build.append((state, again))
+            known = self.known.pop(state.task.key) if seconds else []
+            state.pending += len(known)
+            self.will_build(state, known)
         else:
-            if candidate.features is None:  # measured again: what it took before counts no more
+            if candidate.features is None:  # a known one: what it took before counts no more
                 state.forget(candidate)
             state.trials.append(Trial(candidate.space, candidate.decisions, seconds, candidate.features))
             state.pending -= 1
@@ -262,4 +293,5 @@ class TuningLoop:
             state.end_round()
         if all(other.default_s or other.is_exhausted for other in self.progress.values()):
             line["estimated_ms"] = round(estimate_ms(self.progress.values()), 4)
+            self.estimates.append((self.elapsed_s(), line["estimated_ms"]))
         self.journal.append(line)

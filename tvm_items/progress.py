@@ -1,20 +1,29 @@
 """How far tuning has come, task by task: what was measured, what is on its way, and what another round may save."""
 
+import bisect
 import math
 
-from tvm_items.database import RECORD
+from tvm_items.records import describe_argument
 from tvm_items.search import Trial
+
+MIN_SETTLED_S = 60.0  # a search is over when so long, and
+SETTLED_SHARE = 1 / 3  # for so much of its time so far,
+SETTLED_GAIN = 0.01  # it has brought less than that,
+UNSEARCHED_SHARE = 0.05  # and what was not searched yet is less than that of an inference.
 
 
 class Progress:
     """How far one task has come. A round is what is measured of it between two searches."""
 
-    def __init__(self, task):
+    def __init__(self, task, kin=()):
         self.task = task
+        self.kin = list(kin)  # (space, decisions) of the library's records that may be adapted to the task
+        self.is_adapted = not self.kin  # whether they have been
         self.default_s = None  # of TVM's default schedule, which is also what candidates are checked against
         self.reference_library = None  # path of that schedule's shared library
         self.trials = []  # Trials
         self.pending = 0  # candidates on their way, or a search
+        self.is_searched = False  # in this run
         self.is_exhausted = False  # nothing new can be drawn, or there is nothing to check against
         self.best_s_after_rounds = []
 
@@ -27,11 +36,6 @@ class Progress:
     def best_s(self):
         """The seconds of the fastest schedule, TVM's default one included; inf where none has succeeded."""
         return min(self.default_s or math.inf, self.best.seconds if self.best else math.inf)
-
-    @property
-    def is_improved(self):
-        """Whether a trial is faster than TVM's default schedule."""
-        return self.default_s is not None and self.best_s < self.default_s
 
     @property
     def is_open(self):
@@ -55,22 +59,44 @@ class Progress:
         slope = (self.best_s_after_rounds[-4] - best_s) / 3 if rounds > 3 else best_s / rounds
         return self.task.launches * (0.2 * slope + 0.8 * best_s / rounds)
 
-    def best_record(self):
-        """Returns the database's record of the best trial."""
-        best = self.best
-        values = (self.task.key, self.task.name, best.space, best.decisions, best.seconds, self.default_s)
-        return dict(zip(RECORD, values))
+    def records(self):
+        """Returns ([what a library's line says of the best schedule], [what tells each measured schedule apart]).
+
+        The first is empty where no candidate was measured, or no default schedule to compare it with; where that is
+        the best one, its space is None.
+        """
+        if self.default_s is None or not self.trials:
+            return [], []
+        is_improved = self.best_s < self.default_s
+        space, decisions = (self.best.space, self.best.decisions) if is_improved else (None, [])
+        record = {
+            "task": self.task.key,
+            "name": self.task.name,
+            "arguments": [describe_argument(*argument) for argument in self.task.arguments],
+            "space": space,
+            "decisions": decisions,
+            "seconds": four_digits(self.best_s),
+            "default_seconds": four_digits(self.default_s),
+        }
+        schedules = [(None, []), *((trial.space, trial.decisions) for trial in self.trials)]
+        return [record], [
+            {"task": self.task.key, "space": space, "decisions": decisions} for space, decisions in schedules
+        ]
 
 
-def restore(progress, database, journal_lines):
-    """Puts what was measured before into `progress`, {task's key: Progress}.
+def four_digits(seconds):
+    """Returns a time with four significant digits, which are more than two measurements have in common."""
+    return float(f"{seconds:.4g}")
 
-    Returns (seconds that it took, number of trials). From both: the database may come from another checkout, with a
-    journal that began after it.
+
+def restore(progress, case, journal_lines):
+    """Puts what a journal's lines say was measured before into `progress`, {task's key: Progress}.
+
+    case: the library's TunedCase, or None. Returns (seconds that it took, number of trials). From both: the library may
+    come from another checkout, with a journal that began after it.
     """
-    records = database["records"] if database else []
-    spent_s, trials_done = (database["tune_time_s"], database["tune_trials"]) if database else (0.0, 0)
-    for line in [*records, *journal_lines]:
+    spent_s, trials_done = (case["tune_time_s"], case["tune_trials"]) if case else (0.0, 0)
+    for line in journal_lines:
         spent_s = max(spent_s, line.get("elapsed_s", 0.0))
         trials_done = max(trials_done, line.get("trials", 0))
         if "space" in line and line["task"] in progress:
@@ -86,12 +112,35 @@ def estimate_ms(progress):
     return sum(state.task.launches * state.best_s for state in progress if math.isfinite(state.best_s)) * 1e3
 
 
+def has_settled(estimates, elapsed_s):
+    """Returns whether a search has come to its end: for long enough it has gained less than SETTLED_GAIN.
+
+    estimates: (seconds since the search began, estimated milliseconds of an inference) pairs, in their order; the first
+    one is where the search begins in earnest. elapsed_s: seconds since it began. Long enough is a third of that, and at
+    least a minute: a search that has gone on for long finds the next thing later.
+    """
+    long_ago_s = elapsed_s - max(MIN_SETTLED_S, SETTLED_SHARE * elapsed_s)
+    earlier = bisect.bisect(estimates, long_ago_s, key=lambda pair: pair[0])
+    return earlier > 0 and estimates[-1][1] >= (1 - SETTLED_GAIN) * estimates[earlier - 1][1]
+
+
+def is_mostly_searched(progress):
+    """Returns whether the tasks that were not searched in this run are a small part of an inference.
+
+    progress: a collection of Progress.
+    """
+    unsearched = [state for state in progress if not (state.is_searched or state.is_exhausted)]
+    return estimate_ms(unsearched) <= UNSEARCHED_SHARE * estimate_ms(progress)
+
+
 def describe(progress, trials_done, trials_before, budget, elapsed_s):
     """Returns one line on how far tuning has come.
 
-    progress: a collection of Progress. trials_before: those of earlier runs, which trials_done includes.
+    progress: a collection of Progress. trials_before: those of earlier runs, which trials_done includes. budget: of
+    trials; inf without a search.
     """
     known = sum(math.isfinite(state.best_s) for state in progress)
     rate = (trials_done - trials_before) / max(elapsed_s, 1e-3)
-    text = f"{trials_done} of {budget} trials, {rate:.1f} trials/s, estimated {estimate_ms(progress):.3f} ms"
+    count = f"{trials_done} of {budget} trials" if math.isfinite(budget) else f"{trials_done} trials"
+    text = f"{count}, {rate:.1f} trials/s, estimated {estimate_ms(progress):.3f} ms"
     return text if known == len(progress) else f"{text} ({known} of {len(progress)} tasks)"

@@ -148,6 +148,8 @@ def blocks_of(function):
     if not isinstance(function, tvm.tirx.PrimFunc) or not is_s_tir(function):
         return []
     schedule = Schedule(function)
+    if function.body.block.name_hint != "root":  # one that TVM has written by hand, such as its cumulative sum
+        return []
     return [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
 
 

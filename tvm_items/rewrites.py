@@ -16,7 +16,7 @@ def find_rewrites(module):
     """Returns a list of every `split` by which rewrite_product() may gain something for a task's IRModule.
 
     Of the numbers of parts that may pay, the largest and the one two steps below it. The task as it is comes first, so
-    that a database of a version without rewriting keeps its meaning.
+    that a record of a version without rewriting keeps its meaning.
     """
     from tvm.s_tir import Schedule
 

@@ -45,10 +45,11 @@ class Trial(typing.NamedTuple):
 def search(module_json, target_json, trials, relatives, count, seed):
     """Returns up to `count` new Candidates of a task, the most promising first.
 
-    module_json: the task's. trials: its Trials so far. relatives: the best (space, decisions) of other tasks, the
-    likeliest first. Where they fit as they are, they are tried: a network has convolutions that differ in a stride or
-    in what is fused with them, and in nothing else. Adapted to other extents they only take part; until there is a cost
-    model, in front. The evolution keeps no state but that, so that any process can go on with any task.
+    module_json: the task's. trials: its Trials so far. relatives: the best (space, decisions) of its kin and of the
+    model's other tasks, the likeliest first. Where they fit as they are, they are tried: a network has convolutions
+    that differ in a stride or in what is fused with them, and in nothing else. Adapted to other extents they only take
+    part; until there is a cost model, in front. The evolution keeps no state but that, so that any process can go on
+    with any task.
     """
     spaces, rng = cached_design_spaces(module_json, target_json), random.Random(seed)
     population = Population(spaces, rng, trials)
@@ -57,6 +58,18 @@ def search(module_json, target_json, trials, relatives, count, seed):
     population.grow(open_spaces)
     scores = predict([trial for trial in trials if trial.features is not None], population.candidates)
     return choose_round(population.candidates, scores, borrowed, open_spaces, count, rng)
+
+
+def adapt(module_json, target_json, trials, kin, count):
+    """Returns up to `count` new Candidates of a task: what is best for its kin, adapted to its extents.
+
+    kin: (space, decisions), the likeliest first; the rest is as in search(), of which this takes a small part of the
+    time: nothing is drawn at random, and there is no cost model. What fits loosely comes after all that fits.
+    """
+    population = Population(cached_design_spaces(module_json, target_json), random.Random(0), trials)
+    for loosely in (False, True):
+        population.borrow(kin, count, count, loosely)
+    return population.candidates
 
 
 class Population:
@@ -68,12 +81,15 @@ class Population:
         self.known = {candidate_key(trial.space, trial.decisions) for trial in trials}
         self.parents = find_parents(spaces.numbers, trials)
 
-    def borrow(self, relatives, count):
-        """Adds what fits of `relatives`; returns the indices of those, at most `count`, that fit as they are."""
+    def borrow(self, relatives, count, limit=POPULATION_SIZE // 2, loosely=False):
+        """Adds what fits of `relatives`, up to `limit` candidates; returns the indices of `count` that fit as they are.
+
+        loosely: as in adapt_decision().
+        """
         borrowed = []
         for space, decisions in relatives:
-            adapted = self.spaces.adapt(space, decisions)
-            is_full = len(self.candidates) >= POPULATION_SIZE // 2
+            adapted = self.spaces.adapt(space, decisions, loosely)
+            is_full = len(self.candidates) >= limit
             if adapted is None or candidate_key(space, adapted) in self.known or is_full:
                 continue
             is_added = self.add(space, adapted)

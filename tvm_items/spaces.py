@@ -176,12 +176,12 @@ class DesignSpaces:
         rewrite_product(schedule, space.split)
         try:
             Trace(space.trace.insts, given).apply_to_schedule(schedule, remove_postproc=True)
+            made = [read_decision(schedule.trace, inst) for inst in sampling_instructions(schedule.trace)]
+            schedule.enter_postproc()
+            rules = self.context.space_generator.postprocs
+            if not all(rule.apply(schedule) for rule in rules if verify or not isinstance(rule, VerifyGPUCode)):
+                return None
         except Exception:  # a decision that does not fit another one
-            return None
-        made = [read_decision(schedule.trace, inst) for inst in sampling_instructions(schedule.trace)]
-        schedule.enter_postproc()
-        rules = self.context.space_generator.postprocs
-        if not all(rule.apply(schedule) for rule in rules if verify or not isinstance(rule, VerifyGPUCode)):
             return None
         return schedule, made
 
@@ -214,15 +214,15 @@ class DesignSpaces:
         (features,) = self.extractor.extract_from(self.context, [MeasureCandidate(schedule, [])])
         return made, features.numpy().astype("float32")
 
-    def adapt(self, number, decisions):
+    def adapt(self, number, decisions, loosely=False):
         """Returns the decisions of a candidate for another task as they fit this one, None where they do not.
 
-        number: of the design space, in both tasks. adapt_decision() says what changes.
+        number: of the design space, in both tasks. adapt_decision() says what changes, and what `loosely` means.
         """
         if number not in self.numbers or len(decisions) != len(self[number].choices):
             return None
         space = self[number]
-        adapted = [adapt_decision(choice, decision) for choice, decision in zip(space.choices, decisions)]
+        adapted = [adapt_decision(choice, decision, loosely) for choice, decision in zip(space.choices, decisions)]
         if None in adapted:
             return None
         fits = self.fits_template(number, adapted) if number in self.templates else space.fits(adapted)

@@ -1,5 +1,6 @@
 """A model's tasks: its distinct fused operators, each of which is tuned once however often an inference launches it."""
 
+import contextlib
 import dataclasses
 
 
@@ -12,6 +13,7 @@ class Task:
     launches: int  # per inference
     module_json: str  # the IRModule before scheduling, in TVM's JSON
     arguments: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, shape) each: inputs and weights, then outputs
+    flops: float = 0.0  # of a launch, as TVM counts them; 0 where it cannot
 
 
 def extract_tasks(module, target):
@@ -36,11 +38,14 @@ def extract_tasks(module, target):
 def make_task(module, name, launches):
     """Returns the Task of an IRModule whose "main" is one fused operator, before scheduling."""
     import tvm
+    from tvm.s_tir.analysis import estimate_tir_flops
     from tvm.s_tir.meta_schedule.utils import shash2hex
 
-    parameters = module["main"].params
+    parameters, flops = module["main"].params, 0.0
+    with contextlib.suppress(Exception):  # a loop whose length depends on data
+        flops = float(estimate_tir_flops(module))
     arguments = tuple((str(p.ty.dtype), tuple(int(size) for size in p.ty.shape)) for p in parameters)
-    return Task(shash2hex(module), name, launches, tvm.ir.save_json(module), arguments)
+    return Task(shash2hex(module), name, launches, tvm.ir.save_json(module), arguments, flops)
 
 
 def default_schedule(module, target):

@@ -1,9 +1,10 @@
-"""What `tvm_tune` needs before its turn: where a case's database is, whether it is good, and tuning in a process."""
+"""What `tvm_tune` needs before its turn: what the library has for a case, whether to tune, and tuning in a process."""
 
 import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import os
 import re
 import tempfile
@@ -16,48 +17,62 @@ from harness.errors import UserError, warn
 from harness.inputs import describe_shapes
 from harness.names import file_stem
 from harness.weights import load_on_device
-from tvm_items.database import DatabaseError, database_path, read_database, read_journal, read_siblings
 from tvm_items.importer import export_for_tvm
 from tvm_items.imports import import_tvm_for_tuning
+from tvm_items.journal import read_journal
 from tvm_items.kernels import compile_candidate
+from tvm_items.kin import find_starts
+from tvm_items.library import add_to_library, device_directory, read_library, schedule_key
 from tvm_items.loop import tune
+from tvm_items.records import TuningFileError
 from tvm_items.relax_module import tuned_module
 from tvm_items.target import find_target, load_target
 from tvm_items.tasks import extract_tasks
 
 TUNE_TRIALS, TUNE_MINUTES = 100, 10.0  # trials for each task on average, and the end of tuning a case
+ROUND_LIMIT_S = 30.0  # of building and measuring where no search is asked for
 MAKE_TASKS_TIMEOUT_S = 600
 
 
-def tuning_paths(case):
-    """Returns where the case's tuning database may be, without the ends of its files' names: where it is written first.
+def tuned_name(case):
+    """Returns the case's name in a library and in its journal's: the model, its input shapes and the precision."""
+    shapes = re.sub(r"[^\w.=-]+", "_", describe_shapes(case)).strip("_")
+    return ".".join((file_stem(case.model_name), shapes, case.precision))
 
-    One path for each of the case's tuning_dirs.
+
+def tvm_version():
+    """Returns the version of TVM, None where there is none: the item's own failure says that."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("apache-tvm")
+    return None
+
+
+def find_library(case, with_others=False):
+    """Returns the Library of the case's device. Raises TuningFileError where it cannot be used.
+
+    with_others: whether to read what other devices' libraries have, too.
     """
-    device, shapes = (re.sub(r"[^\w.=-]+", "_", text).strip("_") for text in (case.device_name, describe_shapes(case)))
-    name = ".".join((file_stem(case.model_name), shapes, case.precision))
-    return [directory / device / name for directory in case.tuning_dirs]
+    return read_library(case.tuning_dirs, case.device_name, tvm_version(), with_others)
 
 
-def find_database(case):
-    """Returns the case's tuning database, or None where there is none. Raises DatabaseError where it cannot be used."""
-    databases = (read_database(path, tuning_origin(case)) for path in tuning_paths(case))
-    return next((database for database in databases if database), None)
+def journal_of(case):
+    """Returns the path and the origin of the case's journal, as read_journal() takes them."""
+    path = device_directory(case.tuning_dirs[0], case.device_name) / tuned_name(case)
+    return path, f"{case.device_name}, TVM {tvm_version()}"
 
 
-def tuning_origin(case):
-    """Returns what a database must have been made on to be good for the case."""
-    version = None
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the item's own failure says that it is missing
-        version = importlib.metadata.version("apache-tvm")
-    return f"{case.device_name}, TVM {version}"
+def has_schedules(case, library):
+    """Returns whether the library has anything for the case: it was tuned, or others of its precision on its device."""
+    return tuned_name(case) in library.cases or any(
+        kernel["case"].endswith(f".{case.precision}") for kernel in library.kernels.values()
+    )
 
 
-def has_database(case):
-    """Returns whether tvm_tune can run without a search; a database that cannot be used is warned of."""
+def runs_unasked(case):
+    """Returns whether tvm_tune needs no search; a library that cannot be used is warned of."""
     try:
-        return find_database(case) is not None
-    except DatabaseError as error:
+        return has_schedules(case, find_library(case))
+    except TuningFileError as error:
         warn(str(error))
         return False
 
@@ -71,34 +86,29 @@ def describe_search(case):
 
 
 def plan_tuning(case, tune_trials, tune_minutes):
-    """Returns (trials for each task on average, seconds) to tune the case with, None where its database will do.
+    """Returns (trials for each task on average, seconds) to tune the case with, None where there is nothing to do.
 
-    tune_trials, tune_minutes: what the user asks for, or None; without both any database will do. Raises UserError
-    where the case's database or journal cannot be used.
+    tune_trials, tune_minutes: what the user asks for, or None. Without both there is nothing to do for a case that was
+    tuned, and one short round, with None for the trials, where others were; a search where none was. Raises UserError
+    where the library or the case's journal cannot be used.
     """
     try:
-        database = find_database(case)
-        read_journal(tuning_paths(case)[0], tuning_origin(case))
-    except DatabaseError as error:
+        library = find_library(case, with_others=True)  # now, so that a warning is seen
+        read_journal(*journal_of(case))
+    except TuningFileError as error:
         raise UserError(str(error)) from None
-    paths = map(database_path, tuning_paths(case))
-    databases = {
-        (other.parent.name, path.parent.name) for path in paths for other in path.parent.parent.glob(f"*/{path.name}")
-    }
-    if of_others := sorted({other for other, own in databases if other != own}):
-        there = ", ".join(of_others)
-        warn(f"tuning databases of other devices are not used here: {there}; this is {case.device_name}")
-    asked_trials = tune_trials or TUNE_TRIALS
-    if database and (database["asked_trials"] >= asked_trials or not (tune_trials or tune_minutes)):
-        return None
-    return asked_trials, 60 * (tune_minutes or TUNE_MINUTES)
+    tuned, asked_trials = library.cases.get(tuned_name(case)), tune_trials or TUNE_TRIALS
+    if tune_trials or tune_minutes or not has_schedules(case, library):
+        is_done = tuned and tuned["asked_trials"] >= asked_trials
+        return None if is_done else (asked_trials, 60 * (tune_minutes or TUNE_MINUTES))
+    return None if tuned else (None, ROUND_LIMIT_S)
 
 
 def tune_case(case, asked_trials, limit_s):
-    """Searches for the case's best schedules and writes its database.
+    """Looks for the case's best schedules and adds them to the user's library.
 
-    asked_trials: for each task on average. Runs in an isolated worker's process, which computes nothing itself: it
-    forks those that do.
+    asked_trials: for each task on average; None for one round of what the library has for its kernels and their kin.
+    Runs in an isolated worker's process, which computes nothing itself: it forks those that do.
     """
     processes.report("importing")
     import_tvm_for_tuning(case.precision)
@@ -109,21 +119,37 @@ def tune_case(case, asked_trials, limit_s):
     processes.report("looking for kernels")
     target_json = processes.call(find_target, case.device, timeout_s=MAKE_TASKS_TIMEOUT_S)
     tasks = processes.call(make_tasks, case, target_json, timeout_s=MAKE_TASKS_TIMEOUT_S)
+    library, name, (path, origin) = find_library(case, with_others=True), tuned_name(case), journal_of(case)
+    target = json.loads(target_json)
+    arch = target.get("arch") or target.get("mcpu") or target["kind"]
     cores = len(os.sched_getaffinity(0))
-    tune(
+    tuned = tune(
         tasks,
+        find_starts(tasks, library, arch, searches=asked_trials is not None),
         target_json,
         case.device,
-        tuning_paths(case)[0],
-        tuning_origin(case),
-        find_database(case),
-        read_siblings(tuning_paths(case), tuning_origin(case)),
+        path,
+        origin,
+        library.cases.get(name),
         tolerance=PRECISIONS[case.precision].tolerance,
         asked_trials=asked_trials,
         limit_s=limit_s,
         workers=cores if case.device == "cpu" else max(1, cores - 1),  # one launches what the GPU measures
         scratch=tempfile.gettempdir(),
     )
+    here = {"device": case.device_name, "tvm": tvm_version()}
+    kernels = [{**record, **here, "arch": arch, "case": found_by(record, library, name)} for record in tuned.records]
+    measured = {schedule_key({**measured, **here}) for measured in tuned.measured}
+    known = library.kernels.keys() | {kernel["task"] for kernel in kernels}
+    spent = {**tuned.spent, "kernels": sum(task.key in known for task in tasks)}
+    add_to_library(path.parent, kernels, {"case": name, **here, **spent}, measured)
+
+
+def found_by(record, library, name):
+    """Returns the case whose tuning found a record's schedule: that of the library's, where it was measured again."""
+    known = library.kernels.get(record["task"])
+    is_same = known and (known["space"], known["decisions"]) == (record["space"], record["decisions"])
+    return known["case"] if is_same else name
 
 
 def make_tasks(case, target_json):
@@ -137,6 +163,12 @@ def make_tasks(case, target_json):
 
 
 def tuning_columns(case):
-    """Returns the row's columns on what all the tuning behind the case's database took."""
-    database = find_database(case)
-    return {name: database[name] for name in ("tune_time_s", "tune_trials")}
+    """Returns the row's columns on what all the tuning of the case took."""
+    tuned = find_library(case).cases[tuned_name(case)]
+    return {name: tuned[name] for name in ("tune_time_s", "tune_trials")}
+
+
+def find_kernels(case):
+    """Returns ({task's key: Kernel} of the case's device, how many of its tasks should be among them)."""
+    library = find_library(case)
+    return library.kernels, library.cases[tuned_name(case)]["kernels"]

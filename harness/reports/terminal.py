@@ -39,6 +39,8 @@ def describe_row(row):
         notes.append(f"waits for the host, which takes {row['host_time_ms']:.3f} ms to hand over one inference")
     if row.get("warm_start_error"):
         notes.append(f"no second start: {row['warm_start_error']}")
+    if row.get("schedule_warning"):
+        notes.append(f"warning: {row['schedule_warning']}")
     if row["warnings"]:
         notes.append(f"warning: {row['warnings']}")
     return "\n".join([text, *(f"{'':<{len(name)}}  {note}" for note in notes)])

@@ -1,0 +1,105 @@
+"""What a library has for a model's tasks: schedules of the same kernels, and of their kin.
+
+Kin is what computes the same on other extents, or the same product with other operators fused behind it. The idea is
+Transfer-Tuning's (arXiv:2201.05587).
+"""
+
+import collections
+import math
+import re
+import typing
+
+from tvm_items.records import describe_argument, parse_argument
+
+MAX_KNOWN, MAX_KIN = 4, 32  # schedules for a task; of kin, which may not fit, more than will be measured
+# The operators that make a schedule what it is, whatever is fused with them: words of the names that TVM gives tasks.
+MAIN_OPERATORS = {"matmul", "dense", "conv1d", "conv2d", "conv3d", "attention", "norm", "softmax"}
+
+
+class Start(typing.NamedTuple):
+    """What a library has for a task: (space, decisions) each, the likeliest first."""
+
+    known: list  # of the same kernel
+    kin: list  # of its kin, to be adapted
+
+
+def find_starts(tasks, library, arch, searches):
+    """Returns {task's key: Start} for those of the Tasks that a Library has something for.
+
+    arch: the architecture of this device: records of others that have it too go before the rest. searches: whether the
+    tasks will be searched; if not, one whose kernel is known on this device gets that schedule and no others.
+    """
+    of_task, of_operator = collections.defaultdict(list), collections.defaultdict(list)
+    for kernel in (*library.kernels.values(), *library.others):
+        if kernel["space"] is not None:
+            of_task[kernel["task"]].append(kernel)
+            of_operator[read_operator(kernel["name"], kernel["arguments"])].append(kernel)
+    own = {id(kernel) for kernel in library.kernels.values()}
+
+    def rank_of_origin(kernel):
+        return (id(kernel) not in own, kernel["arch"] != arch)
+
+    starts = {}
+    for task in tasks:
+        arguments = [describe_argument(*argument) for argument in task.arguments]
+        here = library.kernels.get(task.key)
+        if here and not searches:
+            starts[task.key] = Start(schedules([here]), [])
+            continue
+        same = sorted(of_task[task.key], key=rank_of_origin)
+        others = [k for k in of_operator[read_operator(task.name, arguments)] if k["task"] != task.key]
+        others.sort(key=lambda kernel: (*distance(task.name, arguments, kernel), rank_of_origin(kernel)))
+        if same or others:
+            starts[task.key] = Start(schedules(same)[:MAX_KNOWN], schedules(others)[:MAX_KIN])
+    return starts
+
+
+def schedules(kernels):
+    """Returns the (space, decisions) of Kernels, each once; none of TVM's default schedule."""
+    found = []
+    for kernel in kernels:
+        schedule = (kernel["space"], kernel["decisions"])
+        if kernel["space"] is not None and schedule not in found:
+            found.append(schedule)
+    return found
+
+
+def read_words(name):
+    """Returns the operators in a task's name: ["matmul", "cast", "add"] of fused_matmul1_cast3_add4.
+
+    The numbers are TVM's, which gives every function another name.
+    """
+    return [re.sub(r"\d+$", "", word) for word in name.removeprefix("fused_").split("_")]
+
+
+def read_operator(name, arguments):
+    """Returns what two tasks must have in common to be kin: the operator, the dtypes of its first input and its output.
+
+    What is fused with one of the MAIN_OPERATORS does not count, else all does. arguments: of describe_argument() each:
+    inputs, then the output.
+    """
+    words, dtypes = read_words(name), tuple(parse_argument(text)[0] for text in (arguments[:1] + arguments[-1:]))
+    main = next((word for word in words if word in MAIN_OPERATORS), None)
+    return dtypes + ((main,) if main else tuple(words))
+
+
+def distance(name, arguments, kernel):
+    """Returns how far a Kernel is from a task in its extents and, second, in its epilogue: smaller is nearer.
+
+    In the extents that is the sum of |log2(one / other)| over the dimensions of both operands and the output; where
+    these have other dimensions, over their sizes, and behind all others.
+    """
+    steps, same_form = 0.0, True
+    for one, other in zip(ends(arguments), ends(kernel["arguments"])):
+        one, other = (parse_argument(text)[1] for text in (one, other))
+        if len(one) != len(other):
+            one, other, same_form = [math.prod(one)], [math.prod(other)], False
+        steps += sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in zip(one, other))
+    mine, theirs = (collections.Counter(read_words(text)) for text in (name, kernel["name"]))
+    differing = (mine - theirs) + (theirs - mine)
+    return not same_form, round(steps, 3), differing.total()
+
+
+def ends(arguments):
+    """Returns of a task's arguments the first two, which a product multiplies, and the output, which is the last."""
+    return [*arguments[:2], *arguments[-1:]]
