@@ -97,7 +97,7 @@ def test_indices_along_several_axes_belong_together():
 
 
 def test_what_is_written_by_indices():
-    """A row, a column and what a mask names; means and extremes of what comes to the same place."""
+    """A row, a column and what a mask names, with one value or several; means and extremes of the same place."""
 
     class Writing(torch.nn.Module):
         def forward(self, pixel_values):
@@ -108,7 +108,8 @@ def test_what_is_written_by_indices():
             places = torch.tensor([[0, 2, 0, 2], [1, 1, 1, 1], [0, 1, 2, 3]])
             means = pixel_values.scatter_reduce(1, places, pixel_values * 3, "mean", include_self=False)
             largest = pixel_values.scatter_reduce(1, places, pixel_values * 3, "amax", include_self=True)
-            return rows, columns, masked, means, largest
+            scattered = pixel_values.masked_scatter(pixel_values[:, :1] > 0, pixel_values.flip(0) * 5)
+            return rows, columns, masked, means, largest, scattered
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))

@@ -232,6 +232,21 @@ def convert_scatter_add(node, importer):
     return importer.block_builder.emit(relax.op.scatter_elements(target, indices, values, axis, reduction="add"))
 
 
+def convert_masked_scatter(node, importer):
+    """Converts what is written in its order to the places that a mask names, as an image's features into a text."""
+    from tvm import relax
+
+    emit = importer.block_builder.emit
+    target, mask, values = (importer.env[argument] for argument in node.args)
+    shape = list(node.args[0].meta["val"].shape)
+    places = emit(relax.op.broadcast_to(mask, shape))
+    flat_places, flat_target, flat_values = (emit(relax.op.reshape(t, (-1,))) for t in (places, target, values))
+    written = emit(relax.op.cumsum(emit(relax.op.astype(flat_places, "int64")), 0))  # up to each place, and it
+    number = emit(relax.op.maximum(emit(relax.op.subtract(written, relax.const(1, "int64"))), relax.const(0, "int64")))
+    result = emit(relax.op.where(flat_places, emit(relax.op.take(flat_values, number, 0)), flat_target))
+    return emit(relax.op.reshape(result, shape))
+
+
 CONVERTERS = {
     "convert_element_type.default": convert_element_type,
     "any.default": convert_any,
@@ -243,6 +258,7 @@ CONVERTERS = {
     "index_put.default": convert_index_put,
     "scatter_reduce.two": convert_scatter_reduce,
     "scatter_add.default": convert_scatter_add,
+    "masked_scatter.default": convert_masked_scatter,
     "floor_divide.default": convert_division,
     "div.Tensor_mode": convert_division,
     "histc.default": convert_histc,
