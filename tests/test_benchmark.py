@@ -342,7 +342,7 @@ def test_cuda_where_there_is_none(capsys, tmp_path, monkeypatch):
         ({"model_type": "time_series_transformer", "prediction_length": 4}, "past_time_features"),  # of no time at all
         ({"model_type": "siglip_text_model"}, "no model class"),
         ({"model_type": "bark"}, "no forward()"),
-        ({"model_type": "pix2struct"}, "takes flattened_patches"),
+        ({"model_type": "pi0"}, "takes action_embeds"),
         ({"model_type": "voxtral_realtime_text"}, "no model class"),  # transformers' table names one that is not there
         ({**TINY_RESNET, "layer_type": "none"}, "layer_type"),
     ],
