@@ -61,31 +61,39 @@ def schedule(module, target, tasks, kernels, unfit):
     import tvm
 
     functions = dict(module.functions.items())
-    for name, key in tasks.items():
-        candidate = kernels[key]["space"], kernels[key]["decisions"]
-        if candidate[0] is None or key in unfit:
-            continue
-        try:
-            task_json = tvm.ir.save_json(as_task(functions[name]))
-            scheduled = schedule_candidate(task_json, str(target), *candidate)["main"]
-        except Exception as error:  # decisions of another version of TVM's, or damaged ones
-            unfit[key] = one_line(error)
-            continue
+
+    def apply(name, task_json, candidate):
+        scheduled = schedule_candidate(task_json, str(target), *candidate)["main"]
         functions[name] = scheduled.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
+
+    try_schedules(module, tasks, kernels, unfit, apply)
     return default_schedule(tvm.IRModule(functions, attrs=module.attrs), target)
 
 
 def find_unbuildable(module, target, tasks, kernels, unfit):
     """Adds to `unfit` those tasks that cannot be built by their schedules, each alone; the rest is as in schedule()."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "kernel.so")
+
+        def build_alone(name, task_json, candidate):
+            build(task_json, str(target), candidate, path)
+
+        try_schedules(module, tasks, kernels, unfit, build_alone)
+
+
+def try_schedules(module, tasks, kernels, unfit, use):
+    """Calls use(name, the task in TVM's JSON, (space, decisions)) for each schedule that is not TVM's default one.
+
+    A task for which it raises, as for decisions of another version of TVM's or damaged ones, joins `unfit`, and those
+    that are there are left out; the rest is as in schedule().
+    """
     import tvm
 
-    with tempfile.TemporaryDirectory() as directory:
-        for name, key in tasks.items():
-            candidate = kernels[key]["space"], kernels[key]["decisions"]
-            if candidate[0] is None or key in unfit:
-                continue
-            try:
-                task_json = tvm.ir.save_json(as_task(module[name]))
-                build(task_json, str(target), candidate, os.path.join(directory, "kernel.so"))
-            except Exception as error:
-                unfit[key] = one_line(error)
+    for name, key in tasks.items():
+        candidate = kernels[key]["space"], kernels[key]["decisions"]
+        if candidate[0] is None or key in unfit:
+            continue
+        try:
+            use(name, tvm.ir.save_json(as_task(module[name])), candidate)
+        except Exception as error:
+            unfit[key] = one_line(error)
