@@ -16,7 +16,7 @@ def counts_of(text):
     return {name: dict(zip(header[1:], map(int, numbers))) for name, *numbers in rows}
 
 
-@pytest.mark.parametrize("test", ["torch", "tvm"])
+@pytest.mark.parametrize("test", ["torch", pytest.param("tvm", marks=pytest.mark.slow)])
 def test_a_small_instance_goes_through(tvm, test):
     columns = census.run_test(test, "bert", census.SIZES[0])
     assert columns["status"] == "ok" and columns["input_shape"] == "input_ids=1x32 attention_mask=1x32"
