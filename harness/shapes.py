@@ -278,7 +278,7 @@ def spectrogram_shape(case):
     bins = find_field(config, *BINS, default=80)
     # Of a model that is fed two frames as one, this field alone tells the bins.
     is_paired = bins == find_field(config, "feature_projection_input_dim")
-    window = 2 * find_field(config, "n_window", default=1) * find_field(case.config, "downsample_factor", default=1)
+    window = 2 * find_field(config, "n_window", default=1)
     positions = find_field(config, "max_source_positions")
     if positions and find_field(config, "num_mel_bins"):  # Whisper's fixed window
         return (case.batch_size, bins, math.ceil(2 * positions / window) * window)
