@@ -74,3 +74,19 @@ def test_other_devices_come_after_this_one_and_those_of_another_architecture_las
     assert find(PRODUCT, [own], kernels_of(PRODUCT.key)) == ([2, 1], [3])
     assert find(PRODUCT, [], kernels_of(PRODUCT.key), searches=False) == ([2, 1], [])  # to be measured, not used as is
     assert find(PRODUCT, [own], kernels_of(PRODUCT.key), arch="sm_80") == ([1, 2], [3])
+
+
+def test_templates_of_other_products_come_in_turns_with_kin():
+    images, window = (1, 56, 56, 64), (1, 1, 64, 64)
+    convolution = make_task("fused_conv2d_add_relu", images, window, images)
+    kernels = [
+        make_kernel(1, "fused_conv2d3_add_relu", (1, 28, 28, 64), window, (1, 28, 28, 64)),
+        make_kernel(2, "fused_conv2d4_add_relu", (1, 14, 14, 64), window, (1, 14, 14, 64), space=101),
+        make_kernel(3, PRODUCT.name, (3136, 64), (64, 64), (3136, 64), space=101),
+        make_kernel(4, PRODUCT.name, X, W, Y, space=100),
+        make_kernel(5, PRODUCT.name, (3136, 64), (64, 64), (3136, 64)),  # MetaSchedule's: of another number of loops
+        make_kernel(6, "attention", (1, 128, 36, 64), (1, 128, 12, 64), space=110),
+        make_kernel(7, PRODUCT.name, X, W, Y, space=101, dtype="bfloat16"),
+    ]
+    assert find(convolution, kernels) == ([], [1, 3, 2, 4])
+    assert find(PRODUCT, kernels) == ([], [4, 2, 3, 5])

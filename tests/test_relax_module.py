@@ -3,7 +3,10 @@
 import re
 
 import torch
+import transformers
 
+from conftest import make_case
+from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.relax_module import tuned_module
 
@@ -64,3 +67,29 @@ def test_convolutions_become_channels_last_before_a_squeeze(tvm):
     exported = export_for_tvm(Pooled(), {"x": torch.randn(1, 3, 8, 8)})
     module, _ = tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
     assert "conv2d_nhwc" in module.script()
+
+
+class Heads(torch.nn.Module):
+    """Linear layers with an even number of columns, with an odd one, and with an odd one of terms, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.even, self.odd, self.both_odd = (torch.nn.Linear(*shape) for shape in ((16, 8), (16, 13), (13, 9)))
+
+    def forward(self, x):
+        return self.even(x), self.both_odd(self.odd(x).relu())
+
+
+@torch.no_grad()
+def test_a_weight_with_odd_columns_is_read_along_its_terms(tvm):
+    torch.manual_seed(0)
+    model, x = Heads().eval().half(), torch.randn(3, 5, 16, dtype=torch.float16)
+    exported, target = export_for_tvm(model, {"x": x}), tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    module, weights = tuned_module(exported, target)
+    products = [function for name, function in module.functions_items() if "matmul" in name.name_hint]
+    read = {tuple(int(size) for size in function.params[1].shape) for function in products}
+    assert read == {(16, 8), (13, 16), (13, 9)}  # the second as it is, the others (terms, columns)
+    case = make_case(transformers.BertConfig(), device="cpu")
+    run = compile_and_bind(module, weights, exported, {"x": x}, target, case, passes_after_scheduling(target), {})
+    for output, expected in zip(run(), model(x)):
+        torch.testing.assert_close(torch.from_dlpack(output), expected, rtol=1e-2, atol=1e-2)

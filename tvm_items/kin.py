@@ -5,15 +5,18 @@ Transfer-Tuning's (arXiv:2201.05587).
 """
 
 import collections
+import itertools
 import math
 import re
 import typing
 
 from tvm_items.records import describe_argument, parse_argument
+from tvm_items.templates.find import FIRST_TEMPLATE
 
 MAX_KNOWN, MAX_KIN = 4, 32  # schedules for a task; of kin, which may not fit, more than will be measured
 # The operators that make a schedule what it is, whatever is fused with them: words of the names that TVM gives tasks.
-MAIN_OPERATORS = {"matmul", "dense", "conv1d", "conv2d", "conv3d", "attention", "norm", "softmax"}
+PRODUCTS = {"matmul", "dense", "conv1d", "conv2d", "conv3d"}
+MAIN_OPERATORS = PRODUCTS | {"attention", "norm", "softmax"}
 
 
 class Start(typing.NamedTuple):
@@ -27,13 +30,19 @@ def find_starts(tasks, library, arch, searches):
     """Returns {task's key: Start} for those of the Tasks that a Library has something for.
 
     arch: the architecture of this device: records of others that have it too go before the rest. searches: whether the
-    tasks will be searched; if not, one whose kernel is known on this device gets that schedule and no others.
+    tasks will be searched; if not, one whose kernel is known on this device gets that schedule and no others. A
+    template's parameters mean the same for every product, whether of matrices or a convolution: what is best for the
+    kin of one operator and what templates are best for those of others come in turns.
     """
     of_task, of_operator = collections.defaultdict(list), collections.defaultdict(list)
+    templates = collections.defaultdict(list)  # of products, by their dtypes
     for kernel in (*library.kernels.values(), *library.others):
         if kernel["space"] is not None:
+            operator = read_operator(kernel["name"], kernel["arguments"])
             of_task[kernel["task"]].append(kernel)
-            of_operator[read_operator(kernel["name"], kernel["arguments"])].append(kernel)
+            of_operator[operator].append(kernel)
+            if kernel["space"] >= FIRST_TEMPLATE and operator.words[0] in PRODUCTS:
+                templates[operator.dtypes].append(kernel)
     own = {id(kernel) for kernel in library.kernels.values()}
 
     def rank_of_origin(kernel):
@@ -46,12 +55,25 @@ def find_starts(tasks, library, arch, searches):
         if here and not searches:
             starts[task.key] = Start(schedules([here]), [])
             continue
-        same = sorted(of_task[task.key], key=rank_of_origin)
-        others = [k for k in of_operator[read_operator(task.name, arguments)] if k["task"] != task.key]
-        others.sort(key=lambda kernel: (*distance(task.name, arguments, kernel), rank_of_origin(kernel)))
-        if same or others:
-            starts[task.key] = Start(schedules(same)[:MAX_KNOWN], schedules(others)[:MAX_KIN])
+
+        def rank(kernel, name=task.name, arguments=arguments):
+            return (*distance(name, arguments, kernel), rank_of_origin(kernel))
+
+        operator = read_operator(task.name, arguments)
+        known = schedules(sorted(of_task[task.key], key=rank_of_origin))[:MAX_KNOWN]
+        kin = schedules(k for k in sorted(of_operator[operator], key=rank) if k["task"] != task.key)
+        if operator.words[0] in PRODUCTS:
+            near = schedules(k for k in sorted(templates[operator.dtypes], key=rank) if k["task"] != task.key)
+            kin = alternate(kin, [schedule for schedule in near if schedule not in kin])
+        if known or kin:
+            starts[task.key] = Start(known, kin[:MAX_KIN])
     return starts
+
+
+def alternate(ones, others):
+    """Returns the elements of two lists in turns, and then what is left of the longer one."""
+    pairs = itertools.zip_longest(ones, others)
+    return [element for pair in pairs for element in pair if element is not None]
 
 
 def schedules(kernels):
@@ -72,15 +94,22 @@ def read_words(name):
     return [re.sub(r"\d+$", "", word) for word in name.removeprefix("fused_").split("_")]
 
 
-def read_operator(name, arguments):
-    """Returns what two tasks must have in common to be kin: the operator, the dtypes of its first input and its output.
+class Operator(typing.NamedTuple):
+    """What two tasks must have in common to be kin."""
 
-    What is fused with one of the MAIN_OPERATORS does not count, else all does. arguments: of describe_argument() each:
+    dtypes: tuple[str, ...]  # of the first input and of the output
+    words: tuple[str, ...]  # one of the MAIN_OPERATORS, else the names of all that is fused
+
+
+def read_operator(name, arguments):
+    """Returns the Operator of a task.
+
+    What is fused with one of the MAIN_OPERATORS does not count. arguments: of describe_argument() each:
     inputs, then the output.
     """
     words, dtypes = read_words(name), tuple(parse_argument(text)[0] for text in (arguments[:1] + arguments[-1:]))
     main = next((word for word in words if word in MAIN_OPERATORS), None)
-    return dtypes + ((main,) if main else tuple(words))
+    return Operator(dtypes, (main,) if main else tuple(words))
 
 
 def distance(name, arguments, kernel):

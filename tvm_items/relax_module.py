@@ -40,6 +40,7 @@ def prepare(module, target):
     passes = [
         relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
         cancel_permutations(),
+        read_odd_weights_along_terms(),
         relax.transform.LiftTransformParams(),
         *relax.pipeline.library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
@@ -80,6 +81,63 @@ def cancel_permutations():
         return relax.transform.DeadCodeElimination(["main"])(module)
 
     return cancel
+
+
+def read_odd_weights_along_terms():
+    """Returns a pass that leaves the weight of some products of Linear layers as it is, (columns, terms).
+
+    Those of 16 bits with, say, BERT's 30522 columns: lines of the transposed weight would not begin at multiples of 16
+    bytes, as TMA and wide copies want them.
+    """
+    import tvm
+    from tvm import relax
+    from tvm.relax.expr_functor import PyExprMutator, mutator
+
+    @mutator
+    class Reader(PyExprMutator):
+        def visit_call_(self, call):
+            weight = self.find_odd_weight(call)
+            if weight is None:
+                return super().visit_call_(call)
+            source = self.visit_expr(call.args[0])
+            return self.builder_.call_te(
+                multiply_transposed, source, weight, call.ty.dtype, primfunc_name_hint="matmul"
+            )
+
+        def find_odd_weight(self, call):
+            """Returns the Relax variable of such a weight, None where the call is of another kind."""
+            if call.op != tvm.ir.Op.get("relax.matmul"):
+                return None
+            permutation = self.lookup_binding(call.args[1])
+            if getattr(permutation, "op", None) != tvm.ir.Op.get("relax.permute_dims"):
+                return None
+            weight = permutation.args[0]
+            if weight.ty.ndim != 2 or axes_of(permutation) != [1, 0] or weight.ty.dtype not in ("float16", "bfloat16"):
+                return None
+            columns, terms = map(int, weight.ty.shape)
+            return weight if columns % 8 and not terms % 8 else None
+
+    @tvm.ir.transform.module_pass(opt_level=0)
+    def read(module, _):
+        reader = Reader(module)
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function):
+                reader.builder_.update_func(name, reader.visit_expr(function))
+        return relax.transform.DeadCodeElimination(["main"])(reader.builder_.get())
+
+    return read
+
+
+def multiply_transposed(source, weight, dtype):
+    """Returns the tensor expression of source (…, terms) times the transpose of weight (columns, terms), in a dtype."""
+    from tvm import te
+
+    term = te.reduce_axis((0, weight.shape[1]), name="k")
+    return te.compute(
+        [*source.shape[:-1], weight.shape[0]],
+        lambda *place: te.sum(source[(*place[:-1], term)].astype(dtype) * weight[place[-1], term].astype(dtype), term),
+        name="matmul",
+    )
 
 
 def axes_of(permutation):
