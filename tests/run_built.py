@@ -1,4 +1,4 @@
-"""Runs each candidate that run_templates.py has built into a directory once: for test_sanitizer.py.
+"""Runs each kernel that run_templates.py or build_published.py has built into a directory once: for test_sanitizer.py.
 
     python tests/run_built.py DIRECTORY
 

@@ -2,7 +2,8 @@
 
     pytest -m gpu -s tests/test_sanitizer.py
 
-compute-sanitizer comes with the CUDA toolkit. A large model takes minutes: `-k "1x3 and memcheck"` picks some.
+compute-sanitizer comes with the CUDA toolkit. racecheck takes minutes: `-k "published and fp16 and memcheck"` picks
+one run.
 """
 
 import json
@@ -17,11 +18,13 @@ from conftest import ROOT
 
 SANITIZER = shutil.which("compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin")
 TOOLS = ["memcheck", "racecheck"]
-TUNED = [
-    (file.parent, json.loads(line)["case"])
-    for file in sorted((ROOT / "results" / "tuning").glob("*/cases.jsonl"))
-    for line in file.read_text().splitlines()
-]
+TUNED = sorted(  # (directory of a device, precision)
+    {
+        (file.parent, json.loads(line)["case"].rpartition(".")[2])
+        for file in (ROOT / "results" / "tuning").glob("*/cases.jsonl")
+        for line in file.read_text().splitlines()
+    }
+)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1800),
@@ -49,19 +52,28 @@ def run_clean(tool, script, *arguments):
     assert any("SUMMARY: 0 " in line for line in found)  # the tool has run, and says so
 
 
+def build(directory, script, *arguments):
+    """Returns the directory, where a script has built kernels: without the tool, which would take its time there."""
+    done = run(script, *arguments, directory)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return directory
+
+
+@pytest.fixture(scope="module", params=TUNED, ids=[f"{path.name}-{precision}" for path, precision in TUNED])
+def built_library(request, tmp_path_factory):
+    """Gives a directory with the kernels of a published library, each by its best schedule."""
+    return build(tmp_path_factory.mktemp("library"), "build_published.py", *request.param)
+
+
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize("directory, name", TUNED, ids=[name for _, name in TUNED])
-def test_published_schedules_are_clean(directory, name, tool):
-    run_clean(tool, "run_tuned.py", directory, name)
+def test_published_schedules_are_clean(built_library, tool):
+    run_clean(tool, "run_built.py", built_library)
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16", "tf32", "fp32"])
 def built_templates(request, tmp_path_factory):
-    """Gives a directory of candidates, built without the tool, which would take its time there too."""
-    directory = tmp_path_factory.mktemp(request.param)
-    done = run("run_templates.py", request.param, "1", directory)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return directory
+    """Gives a directory with a random candidate of each template for each task of small models."""
+    return build(tmp_path_factory.mktemp(request.param), "run_templates.py", request.param, "1")
 
 
 @pytest.mark.parametrize("tool", TOOLS)
