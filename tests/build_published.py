@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from run_templates import CUDA, TIMEOUT_S
 
 from conftest import make_case
@@ -50,7 +51,7 @@ def main(library, precision, directory):
         if kernel["space"] is not None
     }
     cases = [tuned for tuned in read_lines(library / CASES, TunedCase) if tuned["case"].endswith(f".{precision}")]
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), torch.set_num_threads, (1,)) as pool:
         of_cases = pool.starmap(make_tasks, [(find_case(tuned), target) for tuned in cases], chunksize=1)
         tasks = {task.key: task for task in itertools.chain(*of_cases) if task.key in schedules}
         tuned = [(tasks[key], schedules[key], f"{directory}/{key}.so") for key in tasks]

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from transformers import BertConfig, LlamaConfig, ResNetConfig
 
 from conftest import TINY_BERT, TINY_RESNET, make_case
@@ -74,7 +75,7 @@ def build_all(precision, count, directory):
     ]
     drawn = list(draw_candidates(tasks, target, count))
     jobs = [(task.module_json, target, candidate, f"{directory}/{n}.so") for n, (task, candidate) in enumerate(drawn)]
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), torch.set_num_threads, (1,)) as pool:
         libraries = pool.starmap(build_or_none, jobs, chunksize=1)
     return [(*pair, library) for pair, library in zip(drawn, libraries)]
 

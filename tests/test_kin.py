@@ -30,6 +30,7 @@ PRODUCT = make_task("fused_matmul2_cast4_add6", X, W, BIAS, Y)
 def test_tasks_are_kin_whose_operator_and_dtypes_are_the_same():
     operator = read_operator("fused_matmul2_cast4_add6", ["float16[1,2]", "float16[2,3]", "float16[1,3]"])
     assert operator == read_operator("matmul", ["float16[7,2]", "float16[2,3]", "float16[7,3]"])
+    assert operator == read_operator("matmul", ["bfloat16[7,2]", "bfloat16[2,3]", "bfloat16[7,3]"])
     assert operator != read_operator("matmul", ["float32[7,2]", "float32[2,3]", "float32[7,3]"])
     assert operator != read_operator("fused_conv2d_cast_add", ["float16[1]", "float16[1]", "float16[1]"])
     assert read_operator("fused_reshape1_add", ["float16[1]"]) == read_operator("fused_reshape_add7", ["float16[2]"])
@@ -43,11 +44,12 @@ def test_the_nearest_kin_comes_first():
         make_kernel(3, "fused_matmul1_cast_add_gelu_add", X, W, BIAS, Y, Y),  # even more of one
         make_kernel(4, "fused_matmul9_cast_add", (197, 768), W, BIAS, (197, 3072)),
         make_kernel(5, "matmul", (1, 128, 768), W, (1, 128, 3072)),  # three dimensions
-        make_kernel(6, "fused_matmul_cast_add", X, W, BIAS, Y, dtype="bfloat16"),
+        make_kernel(6, "fused_matmul_cast_add", X, W, BIAS, Y, dtype="bfloat16"),  # the schedules of fp16
+        make_kernel(9, "fused_matmul_cast_add", X, W, BIAS, Y, dtype="float32"),
         make_kernel(7, "softmax", X, Y),
         make_kernel(8, "fused_matmul_cast_add", (64, 768), W, BIAS, (64, 3072), space=None),  # TVM's default
     ]
-    assert find(PRODUCT, kernels) == ([], [2, 3, 4, 1, 5])
+    assert find(PRODUCT, kernels) == ([], [2, 6, 3, 4, 1, 5])
     assert distance(PRODUCT.name, ["float16[1,8]"], make_kernel(0, "matmul", (4, 8))) == (False, 4.0, 2)
 
 
@@ -86,7 +88,7 @@ def test_templates_of_other_products_come_in_turns_with_kin():
         make_kernel(4, PRODUCT.name, X, W, Y, space=100),
         make_kernel(5, PRODUCT.name, (3136, 64), (64, 64), (3136, 64)),  # MetaSchedule's: of another number of loops
         make_kernel(6, "attention", (1, 128, 36, 64), (1, 128, 12, 64), space=110),
-        make_kernel(7, PRODUCT.name, X, W, Y, space=101, dtype="bfloat16"),
+        make_kernel(7, PRODUCT.name, X, W, Y, space=100, dtype="float32"),  # in TF32
     ]
-    assert find(convolution, kernels) == ([], [1, 3, 2, 4])
-    assert find(PRODUCT, kernels) == ([], [4, 2, 3, 5])
+    assert find(convolution, kernels) == ([], [1, 3, 2, 4, 7])
+    assert find(PRODUCT, kernels) == ([], [4, 7, 3, 2, 5])

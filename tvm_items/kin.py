@@ -31,18 +31,17 @@ def find_starts(tasks, library, arch, searches):
 
     arch: the architecture of this device: records of others that have it too go before the rest. searches: whether the
     tasks will be searched; if not, one whose kernel is known on this device gets that schedule and no others. A
-    template's parameters mean the same for every product, whether of matrices or a convolution: what is best for the
-    kin of one operator and what templates are best for those of others come in turns.
+    template's parameters mean the same for every product, of matrices or a convolution, in all dtypes: what is best for
+    the kin of one operator and what templates are best for other products come in turns.
     """
-    of_task, of_operator = collections.defaultdict(list), collections.defaultdict(list)
-    templates = collections.defaultdict(list)  # of products, by their dtypes
+    of_task, of_operator, templates = collections.defaultdict(list), collections.defaultdict(list), []
     for kernel in (*library.kernels.values(), *library.others):
         if kernel["space"] is not None:
             operator = read_operator(kernel["name"], kernel["arguments"])
             of_task[kernel["task"]].append(kernel)
             of_operator[operator].append(kernel)
             if kernel["space"] >= FIRST_TEMPLATE and operator.words[0] in PRODUCTS:
-                templates[operator.dtypes].append(kernel)
+                templates.append(kernel)
     own = {id(kernel) for kernel in library.kernels.values()}
 
     def rank_of_origin(kernel):
@@ -63,7 +62,7 @@ def find_starts(tasks, library, arch, searches):
         known = schedules(sorted(of_task[task.key], key=rank_of_origin))[:MAX_KNOWN]
         kin = schedules(k for k in sorted(of_operator[operator], key=rank) if k["task"] != task.key)
         if operator.words[0] in PRODUCTS:
-            near = schedules(k for k in sorted(templates[operator.dtypes], key=rank) if k["task"] != task.key)
+            near = schedules(k for k in sorted(templates, key=rank) if k["task"] != task.key)
             kin = alternate(kin, [schedule for schedule in near if schedule not in kin])
         if known or kin:
             starts[task.key] = Start(known, kin[:MAX_KIN])
@@ -97,36 +96,37 @@ def read_words(name):
 class Operator(typing.NamedTuple):
     """What two tasks must have in common to be kin."""
 
-    dtypes: tuple[str, ...]  # of the first input and of the output
+    dtypes: tuple[str, ...]  # of the first input and the output; bf16 counts as fp16, which has the same schedules
     words: tuple[str, ...]  # one of the MAIN_OPERATORS, else the names of all that is fused
 
 
 def read_operator(name, arguments):
     """Returns the Operator of a task.
 
-    What is fused with one of the MAIN_OPERATORS does not count. arguments: of describe_argument() each:
-    inputs, then the output.
+    What is fused with one of the MAIN_OPERATORS does not count. arguments: of describe_argument() each: inputs, then
+    the output.
     """
-    words, dtypes = read_words(name), tuple(parse_argument(text)[0] for text in (arguments[:1] + arguments[-1:]))
+    words, dtypes = read_words(name), (parse_argument(text)[0] for text in (arguments[:1] + arguments[-1:]))
     main = next((word for word in words if word in MAIN_OPERATORS), None)
-    return Operator(dtypes, (main,) if main else tuple(words))
+    return Operator(tuple(dtype.replace("bfloat", "float") for dtype in dtypes), (main,) if main else tuple(words))
 
 
 def distance(name, arguments, kernel):
-    """Returns how far a Kernel is from a task in its extents and, second, in its epilogue: smaller is nearer.
+    """Returns how far a Kernel is from a task in its extents and, second, in dtype and epilogue: smaller is nearer.
 
     In the extents that is the sum of |log2(one / other)| over the dimensions of both operands and the output; where
     these have other dimensions, over their sizes, and behind all others.
     """
-    steps, same_form = 0.0, True
+    mine, theirs = (collections.Counter(read_words(text)) for text in (name, kernel["name"]))
+    steps, same_form, same_dtypes = 0.0, True, True
     for one, other in zip(ends(arguments), ends(kernel["arguments"])):
-        one, other = (parse_argument(text)[1] for text in (one, other))
+        (dtype, one), (other_dtype, other) = (parse_argument(text) for text in (one, other))
+        same_dtypes &= dtype == other_dtype
         if len(one) != len(other):
             one, other, same_form = [math.prod(one)], [math.prod(other)], False
         steps += sum(abs(math.log2(max(1, a) / max(1, b))) for a, b in zip(one, other))
-    mine, theirs = (collections.Counter(read_words(text)) for text in (name, kernel["name"]))
     differing = (mine - theirs) + (theirs - mine)
-    return not same_form, round(steps, 3), differing.total()
+    return not same_form, round(steps, 3), differing.total() + (not same_dtypes)
 
 
 def ends(arguments):
