@@ -18,6 +18,7 @@ from pathlib import Path
 from harness.arguments import OneLineParser
 from harness.errors import UserError, print_error
 from harness.reports.comparison import compare, drop_superseded, read_rows
+from harness.reports.overview import save_overview
 from harness.reports.pictures import save_pictures
 from harness.reports.tables import (
     CAPTION,
@@ -34,7 +35,7 @@ from harness.streams import protect_standard_streams
 DOCS = Path(__file__).resolve().parent / "docs"
 READMES = [DOCS.parent / "README.md", DOCS / "README.zh-CN.md"]
 LONG_PAGE = DOCS / "results.md"
-COVERAGE_PAGE = DOCS / "coverage.md"
+COVERAGE_PAGE, COVERAGE_PICTURE = DOCS / "coverage.md", DOCS / "coverage.png"
 
 
 def parse_arguments(arguments):
@@ -103,6 +104,8 @@ def publish():
     for page, text in texts.items():
         page.write_text(text, encoding="utf-8")
     save_pictures(newest, DOCS)
+    # Half precision is what is deployed.
+    save_overview(max(covered, key=lambda c: (len(c.cases), c.setting["precision"] == "fp16")), COVERAGE_PICTURE)
 
 
 def replace_parts(page, parts):

@@ -216,6 +216,7 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
         assert any("pays off" in cell for line in table_rows(part(readme, "results")) for cell in line)
     assert ["some/model", "tvm", "1", "7.2", "2.020"] in table_rows(part(copy / "docs" / "results.md", "long"))
     assert (copy / "docs" / "some_model_infer_time.png").read_bytes().startswith(b"\x89PNG")
+    assert (copy / "docs" / "coverage.png").read_bytes().startswith(b"\x89PNG")
     covered = part(copy / "docs" / "coverage.md", "coverage")
     assert ["other/model", "1", "2.00 ± 0.02 ms", "", "failed"] in table_rows(covered)
     assert ["some/model", "1", "3.00 ± 0.03 ms", "**2.00x fasterᵈ**", "4.00x slower"] in table_rows(covered)
