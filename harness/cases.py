@@ -32,7 +32,7 @@ class Model(typing.NamedTuple):
     weights: str
 
 
-def find_models(names, weights, task, layers):
+def find_models(names, weights, task, layers=None):
     """Returns a Model for each name. Raises UserError for the first that cannot be had."""
     models = []
     for name in names:
