@@ -25,7 +25,7 @@ def find_templates(module, target):
     limit = max_shared_bytes(target)
     attention = read_attention(module)
     if attention is not None:
-        return [attention_template(attention, limit)]
+        return [] if attention.heads_first else [attention_template(attention, limit)]
     task = find_product_task(module)
     if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return []
