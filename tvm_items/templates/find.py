@@ -7,7 +7,7 @@ the task's signature and is scheduled. It raises ValueError where there is none.
 """
 
 from tvm_items.target import compute_capability, max_shared_bytes
-from tvm_items.templates.attention_kernels import attention_template
+from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
@@ -25,7 +25,7 @@ def find_templates(module, target):
     limit = max_shared_bytes(target)
     attention = read_attention(module)
     if attention is not None:
-        return [] if attention.heads_first else [attention_template(attention, limit)]
+        return attention_templates(attention, limit)
     task = find_product_task(module)
     if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return []
