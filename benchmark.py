@@ -31,17 +31,27 @@ import torch
 from tqdm import tqdm
 
 from harness.architectures import BUILTIN_ARCHITECTURES
-from harness.arguments import OneLineParser, at_least_one, positive
+from harness.arguments import OneLineParser, at_least_one, at_least_one_or_all, positive
 from harness.case import PRECISIONS, arithmetic
 from harness.cases import describe_case, find_models, make_cases
 from harness.check import output_arrays
+from harness.decode import cache_arrays, step_bytes
 from harness.device import Gpu, describe_device, disturbances, process_memory_bytes, reset_peak_memory, synchronize
-from harness.errors import UserError, one_line, print_error, warn
-from harness.inputs import change_inputs
+from harness.errors import UserError, one_line, print_error, recompiling_fails, report_errors_as, warn
+from harness.figures import decode_figures, statistics
 from harness.processes import Launchers, Worker, WorkerError, end_on_stop_signals, report
-from harness.reference import USUAL_ORIGIN, Reference, References
+from harness.reference import USUAL_ORIGIN, Reference, References, run_on_changed_inputs
 from harness.reports.terminal import describe_end, describe_row, describe_title, process_age_s
-from harness.rows import LOCAL, LOCAL_RESULTS, RESULTS, SKIPPED_STATUSES, append_row, check_results_file, find_statuses
+from harness.rows import (
+    LOCAL,
+    LOCAL_RESULTS,
+    PHASES,
+    RESULTS,
+    SKIPPED_STATUSES,
+    append_row,
+    check_results_file,
+    find_statuses,
+)
 from harness.streams import protect_standard_streams
 from harness.weights import inputs_on_device, load_on_device
 from tvm_items import tuning
@@ -98,6 +108,9 @@ def parse_args(argv=None):
         help="auto: pretrained where they can be had, else random weights of the same architecture",
     )
     add("--task", help="the head, by the name that transformers.pipeline uses (default: the one the config names)")
+    add("--layers", type=at_least_one_or_all, help="of a built-in model: N or all (default: 4 of a large one)")
+    add("--phase", choices=PHASES, default="forward", help="forward, or decode: one token more against a cache")
+    add("--context-len", type=at_least_one, default=1024, help="positions of that cache, all but the last one filled")
     add("--seq-len", type=at_least_one, default=128, help="tokens per text, capped by the model's positions")
     add("--image-size", type=at_least_one, help="height and width of the images in pixels (default: the model's own)")
     add("--iterations", type=at_least_one, help=f"timed runs (default: as many as fit into {TIMING_BUDGET_S:g} s)")
@@ -135,22 +148,24 @@ def parse_args(argv=None):
 
 def eager(model, inputs, case):
     """PyTorch as it is."""
-    model, inputs = in_best_layout(model, inputs, case)
+    model, inputs = as_documented(model, inputs, case)
     return functools.partial(model, **inputs)
 
 
 def inductor(mode, model, inputs, case):
     """torch.compile(model, mode=mode)."""
-    model, inputs = in_best_layout(model, inputs, case)
+    model, inputs = as_documented(model, inputs, case)
     return functools.partial(torch.compile(model, mode=mode), **inputs)
 
 
-def in_best_layout(model, inputs, case):
-    """Returns the model and its inputs, channels last where that is what PyTorch's documentation tells users to set.
+def as_documented(model, inputs, case):
+    """Returns the model and its inputs as PyTorch's and transformers' documentation tell users to set them.
 
-    For convolutional models in half precision on CUDA; in fp32 eager is slower by it (docs/methodology.md). The dict
-    `inputs` then holds the new tensors.
+    A step of decoding has a static cache of its own. Channels last are for convolutional models in half precision on
+    CUDA; in fp32 eager is slower by it (docs/methodology.md). The dict `inputs` then holds the new tensors.
     """
+    if case.phase == "decode":
+        return model.bind(inputs)
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
     if case.device == "cpu" or PRECISIONS[case.precision].dtype == torch.float32 or convolutions < 2:
         return model, inputs
@@ -264,26 +279,29 @@ def run_item(name, case, reference):
         gpu = Gpu(case.device)
         memory_before = 0 if case.device == "cpu" else process_memory_bytes(case.device)
         model, inputs = load_on_device(case, dtype)
+        moved_bytes = step_bytes(model, inputs) if case.phase == "decode" else 0
         synchronize(case.device)
         with inference_mode(name):
             report("compiling" if compiles else "first run")
             build = functools.partial(item.build, model, inputs, case)
             run, first, first_run_s = compile_and_run(build, case.device)
+            first += cache_arrays(inputs)
             del model, build  # TVM holds its own copy of the weights, and must not be charged for PyTorch's
             memory_is_known = reset_peak_memory(case.device)  # what compiling needed is not what running needs
 
             report("timing")
-            start = time.perf_counter()
-            timing = time_item(run, case, gpu)
-            timing_s = time.perf_counter() - start
-            peak_memory = process_memory_bytes(case.device) - memory_before if memory_is_known else None
+            with recompiling_fails():
+                start = time.perf_counter()
+                timing = time_item(run, case, gpu)
+                timing_s = time.perf_counter() - start
+                peak_memory = process_memory_bytes(case.device) - memory_before if memory_is_known else None
 
-            report("checking")
-            last = output_arrays(timing.outputs)  # before a CUDA graph's next run overwrites them
-            change_inputs(inputs, case)
-            changed = run_once(run, case.device)
+                report("checking")
+                last = output_arrays(timing.outputs) + cache_arrays(inputs)  # before a CUDA graph overwrites them
+                changed = run_on_changed_inputs(functools.partial(run_once, run, case.device), inputs, case)
         columns = {
             **statistics(timing.times_ms, case.batch_size),
+            **(decode_figures(timing.times_ms, case, moved_bytes) if case.phase == "decode" else {}),
             **reference.check(PRECISIONS[case.precision].tolerance, first, last, changed),
             "compile_time_s": first_run_s if compiles else None,
             "host_time_ms": timing.host_ms,
@@ -311,12 +329,15 @@ def start_again(name, case, reference):
     item = TEST_ITEMS[name]
     with arithmetic(case.precision) as dtype:
         if item.load:  # it has weights of its own
-            build = functools.partial(item.load, inputs_on_device(case, dtype), case)
+            inputs = inputs_on_device(case, dtype)
+            build = functools.partial(item.load, inputs, case)
         else:
-            build = functools.partial(item.build, *load_on_device(case, dtype), case)
+            model, inputs = load_on_device(case, dtype)
+            build = functools.partial(item.build, model, inputs, case)
         synchronize(case.device)
         with inference_mode(name):
             _, outputs, seconds = compile_and_run(build, case.device)
+            outputs += cache_arrays(inputs)
     columns = reference.check(PRECISIONS[case.precision].tolerance, outputs)
     if columns["error"]:
         raise RuntimeError(columns["error"])
@@ -326,15 +347,6 @@ def start_again(name, case, reference):
 def inference_mode(name):
     """Returns the context that PyTorch's documentation tells users to run inference in; TVM's export cannot have it."""
     return contextlib.nullcontext() if TEST_ITEMS[name].load else torch.inference_mode()
-
-
-@contextlib.contextmanager
-def report_errors_as(columns, name):
-    """Puts an error that ends the block into a column of that name, in one line."""
-    try:
-        yield
-    except Exception as error:
-        columns[name] = one_line(error)
 
 
 def compile_and_run(build, device):
@@ -441,21 +453,6 @@ def time_host(run):
     return float(np.median(times_ms))
 
 
-def statistics(times_ms, batch_size):
-    """Returns the CSV's timing columns, and the maximum, for an array of milliseconds per inference."""
-    return {
-        "infer_time_mean_ms": times_ms.mean(),
-        "infer_time_median_ms": np.median(times_ms),
-        "infer_time_std_ms": times_ms.std(ddof=1) if len(times_ms) > 1 else 0.0,
-        "infer_time_min_ms": times_ms.min(),
-        "infer_time_max_ms": times_ms.max(),
-        "infer_time_p90_ms": np.percentile(times_ms, 90),
-        "infer_time_p99_ms": np.percentile(times_ms, 99),
-        "iterations": len(times_ms),
-        "throughput_samples_per_s": batch_size * 1e3 / times_ms.mean(),
-    }
-
-
 # ---- The cases, one after another: their items, and a row for each --------------------------------------------------
 
 
@@ -471,7 +468,7 @@ def benchmark(args):
         session.import_compilers(args.test_items or DEFAULT_ITEMS["cpu"][:-1])
         looks_at_device = stack.enter_context(Worker(isolated=True, verbose=args.verbose))
         looks_at_device.submit(describe_device, args.device, timeout_s=args.timeout)
-        models = find_models(args.model, args.weights, args.task)  # the hub answers meanwhile
+        models = find_models(args.model, args.weights, args.task, args.layers)  # the hub answers meanwhile
         try:
             device = looks_at_device.wait(session.show("device"))
         except WorkerError as error:

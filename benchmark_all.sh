@@ -10,6 +10,7 @@
 # MODELS, BATCH_SIZES   what to run, separated by spaces, tabs or line breaks, like all lists here; MODELS=builtin:
 #                       every model that benchmark.py has built in
 # PRECISIONS            likewise (default: fp32)
+# PHASES, CONTEXT_LENS  likewise (default: forward; for decode 1024)
 # RESULTS               the CSV that rows are appended to (default: results/local/benchmark.csv, which git ignores)
 # PYTHON                the interpreter (default: python)
 # All cases of a model are of one process, which pays for its imports once, unless several cases run at once.
@@ -73,6 +74,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read_list models MODELS "facebook/convnext-tiny-224 microsoft/resnet-50"
 read_list batch_sizes BATCH_SIZES "1 4 16"
 read_list precisions PRECISIONS fp32
+read_list phases PHASES forward
+read_list context_lens CONTEXT_LENS 1024
 read_list gpus GPUS ""
 read_list hosts HOSTS ""
 results=$(realpath -m "${RESULTS:-$here/results/local/benchmark.csv}" 2>/dev/null) || fail "RESULTS=${RESULTS-} is no path"
@@ -90,7 +93,7 @@ fi
 [ "${1---}" = -- ] || fail "unknown argument $1; options for benchmark.py stand after --"
 shift $(($# > 0))
 declare -A given=([--model]=MODELS [--batch-size]=BATCH_SIZES [--precision]=PRECISIONS [--results]=RESULTS
-    [--skip]="RETRY or FORCE" [--concurrent-cases]=JOBS)
+    [--phase]=PHASES [--context-len]=CONTEXT_LENS [--skip]="RETRY or FORCE" [--concurrent-cases]=JOBS)
 for option in "$@"; do
     name=${option%%=*}
     for whole in "${!given[@]}"; do
@@ -117,19 +120,32 @@ fi
 
 processes=() # command lines
 options=("$@")
-add_process() { # model, batch sizes, precisions: the last two are words in one argument each
-    processes+=("$(printf '%q ' "$python" "$here/benchmark.py" --model "$1" --batch-size $2 --precision $3 \
+add_process() { # model, batch sizes, precisions, options of the phase: all but the first are words in one argument each
+    processes+=("$(printf '%q ' "$python" "$here/benchmark.py" --model "$1" --batch-size $2 --precision $3 $4 \
         --results "$results" "${skip[@]}" "${options[@]}")")
 }
-for model in "${models[@]}"; do
+add_processes() { # model, options of the phase
     if [ -z "$list" ] && [ "$jobs" -eq 0 ]; then
-        add_process "$model" "${batch_sizes[*]}" "${precisions[*]}"
-        continue
+        add_process "$1" "${batch_sizes[*]}" "${precisions[*]}" "$2"
+        return
     fi
     for batch_size in "${batch_sizes[@]}"; do
         for precision in "${precisions[@]}"; do
-            add_process "$model" "$batch_size" "$precision"
+            add_process "$1" "$batch_size" "$precision" "$2"
         done
+    done
+}
+phase_options=()
+for phase in "${phases[@]}"; do
+    case $phase in
+    forward) phase_options+=("") ;;
+    decode) phase_options+=("${context_lens[@]/#/--phase decode --context-len }") ;;
+    *) fail "PHASES takes forward and decode, not $phase" ;;
+    esac
+done
+for model in "${models[@]}"; do
+    for of_phase in "${phase_options[@]}"; do
+        add_processes "$model" "$of_phase"
     done
 done
 if [ -n "$list" ]; then
@@ -196,7 +212,7 @@ else
 fi
 trap - INT TERM
 
-cases=$((${#models[@]} * ${#batch_sizes[@]} * ${#precisions[@]}))
+cases=$((${#models[@]} * ${#batch_sizes[@]} * ${#precisions[@]} * ${#phase_options[@]}))
 say "" "$cases cases by ${#processes[@]} processes in $SECONDS s, ${#problems[@]} with rows that are not ok"
 [ ${#problems[@]} -eq 0 ] || say "${problems[@]/#/  }"
 

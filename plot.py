@@ -6,8 +6,9 @@
     python plot.py --publish     results/*.csv -> the tables in README.md and docs/, and the pictures in docs/
 
 The first two print tables and save pictures beside the (first) CSV, unless that is a published one; nothing that git
-tracks changes. Only rows of the same device, precision, weights, CPU threads and versions share a table. Of several
-rows of one case and item the latest counts. Exit code: 0, or 2 on bad input.
+tracks changes. Only rows of the same device, precision, weights, CPU threads, versions and phase share a table, and of
+steps that decode only those of the same context length. Of several rows of one case and item the latest counts. Exit
+code: 0, or 2 on bad input.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from harness.reports.overview import save_overview
 from harness.reports.pictures import save_pictures
 from harness.reports.tables import (
     CAPTION,
+    bandwidth_table,
     compact_table,
     coverage_table,
     heading,
@@ -52,8 +54,8 @@ def parse_arguments(arguments):
 
 
 def short_tables(comparisons):
-    """Returns for each setting the table of times and the table of verdicts."""
-    return tables_under_headings(comparisons, compact_table, verdict_table)
+    """Returns for each setting the table of times, that of tokens a second, and the table of verdicts."""
+    return tables_under_headings(comparisons, compact_table, bandwidth_table, verdict_table)
 
 
 def tables_under_headings(comparisons, *tables):

@@ -1,12 +1,16 @@
 """The built-in architectures: what runs, with random weights, where there is no network.
 
 The library's source names the checkpoint that each default configuration is taken from; where another one stands here,
-the overrides are its config.json's. Large language models are cut to BUILTIN_LAYERS, as the row says.
+the overrides are its config.json's. Large language models are cut to BUILTIN_LAYERS unless --layers says otherwise; the
+row says how many there are.
 """
 
+import functools
 import typing
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from harness.errors import UserError
 
 
 class Architecture(typing.NamedTuple):
@@ -104,6 +108,7 @@ BUILTIN_ARCHITECTURES = {
             "num_key_value_heads": 8,
             "head_dim": 64,
             "tie_word_embeddings": True,
+            "max_position_embeddings": 131072,
         },
         16,
     ),
@@ -150,18 +155,38 @@ BUILTIN_ARCHITECTURES = {
 }
 
 
-def builtin_config(name):
-    """Returns the transformers config of a built-in architecture, cut in depth where it is too large."""
+def builtin_config(name, layers=None):
+    """Returns the transformers config of a built-in architecture.
+
+    layers: how many of its layers, or "all"; None cuts those that are too large in depth. Raises UserError where it has
+    fewer, or is no language model of a single stack of layers.
+    """
     model_type, overrides, checkpoint_layers = BUILTIN_ARCHITECTURES[name]
-    return CONFIG_MAPPING[model_type](
-        **overrides, **({"num_hidden_layers": BUILTIN_LAYERS} if checkpoint_layers else {})
-    )
+    make_config = functools.partial(CONFIG_MAPPING[model_type], **overrides)
+    default = make_config()
+    whole = checkpoint_layers or layer_count(default)
+    if layers is None:
+        layers = BUILTIN_LAYERS if checkpoint_layers else "all"
+    depth = whole if layers == "all" else layers
+    if depth == layer_count(default):
+        return default
+    if whole is None:
+        raise UserError(f"--layers {depth} is for language models that are one stack of layers, which {name} is not")
+    if depth > whole:
+        raise UserError(f"--layers {depth}: {name} has {whole} layers")
+    return make_config(num_hidden_layers=depth)
+
+
+def layer_count(config):
+    """Returns how many layers the config of a language model asks for; None where it is no single stack of layers."""
+    is_one_stack = hasattr(config, "vocab_size") and not config.is_encoder_decoder
+    return getattr(config, "num_hidden_layers", None) if is_one_stack else None
 
 
 def describe_weights(name, config, weights):
     """Returns the row's `weights`: "pretrained", "random", or what is left of a built-in model that is cut in depth."""
-    architecture = BUILTIN_ARCHITECTURES.get(name)
-    is_cut = architecture and architecture.checkpoint_layers and config.num_hidden_layers == BUILTIN_LAYERS
-    if weights == "random" and is_cut:
-        return f"random, {BUILTIN_LAYERS} of {architecture.checkpoint_layers} layers"
+    if weights == "random" and name in BUILTIN_ARCHITECTURES:
+        depth, whole = layer_count(config), layer_count(builtin_config(name, "all"))
+        if depth and whole and depth < whole:
+            return f"random, {depth} of {whole} layers"
     return weights

@@ -29,6 +29,10 @@ def at_least_one(text):
     return value
 
 
+def at_least_one_or_all(text):
+    return text if text == "all" else at_least_one(text)
+
+
 def positive(text):
     try:
         value = float(text)

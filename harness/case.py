@@ -43,6 +43,8 @@ class Case:
     tuning_dirs: tuple[Path, ...]  # hold the libraries of schedules of all devices; the first is written to
     iterations: int | None  # timed runs; None: as many as the time budget gives
     made_weights: str | None = None  # path of the random weights, which the first process that needs them makes
+    phase: str = "forward"  # of rows.PHASES
+    context_len: int | None = None  # positions of the cache that a step decodes against; None in a forward pass
 
 
 @contextlib.contextmanager

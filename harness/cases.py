@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from harness.architectures import describe_weights
+from harness.architectures import describe_weights, layer_count
 from harness.case import Case
 from harness.checkpoints import check_model
+from harness.decode import check_decodes
 from harness.inputs import describe_shapes
 from harness.models import find_model, find_model_class
 from harness.version import harness_version
@@ -31,11 +32,11 @@ class Model(typing.NamedTuple):
     weights: str
 
 
-def find_models(names, weights, task):
+def find_models(names, weights, task, layers=None):
     """Returns a Model for each name. Raises UserError for the first that cannot be had."""
     models = []
     for name in names:
-        config, weights_dir = find_model(name, weights)
+        config, weights_dir = find_model(name, weights, layers)
         name = os.path.realpath(name) if os.path.isdir(name) else name  # two directories of one name are two models
         model_class = find_model_class(name, config, task)
         checked = check_model(name, model_class, config, weights_dir)
@@ -47,30 +48,34 @@ def make_cases(models, args, device, tuning_dirs, stack):
     """Returns a Case for each of the models, batch sizes and precisions that the command line names, in this order.
 
     device: describe_device()'s columns. stack: closes the files in memory that hold random weights, one for a model.
+    Raises UserError for a model that cannot decode where the command line asks for that.
     """
     cases = []
     for model in models:
         made_weights = os.memfd_create("random weights")
         stack.callback(os.close, made_weights)
         for batch_size, precision in itertools.product(args.batch_size, args.precision):
-            cases.append(
-                Case(
-                    model_name=model.name,
-                    model_class=model.model_class,
-                    config=model.config,
-                    weights=model.weights,
-                    weights_dir=model.weights_dir and str(model.weights_dir),
-                    batch_size=batch_size,
-                    seq_len=args.seq_len,
-                    image_size=args.image_size,
-                    precision=precision,
-                    device=device["device"],
-                    device_name=device["device_name"],
-                    tuning_dirs=tuning_dirs,
-                    iterations=args.iterations,
-                    made_weights=f"/proc/{os.getpid()}/fd/{made_weights}",
-                )
+            case = Case(
+                model_name=model.name,
+                model_class=model.model_class,
+                config=model.config,
+                weights=model.weights,
+                weights_dir=model.weights_dir and str(model.weights_dir),
+                batch_size=batch_size,
+                seq_len=args.seq_len,
+                image_size=args.image_size,
+                precision=precision,
+                device=device["device"],
+                device_name=device["device_name"],
+                tuning_dirs=tuning_dirs,
+                iterations=args.iterations,
+                made_weights=f"/proc/{os.getpid()}/fd/{made_weights}",
+                phase=args.phase,
+                context_len=args.context_len if args.phase == "decode" else None,
             )
+            if case.phase == "decode":
+                check_decodes(case)
+            cases.append(case)
     return cases
 
 
@@ -87,6 +92,9 @@ def describe_case(case):
         "precision": case.precision,
         "weights": describe_weights(case.model_name, case.config, case.weights),
         "input_shape": describe_shapes(case),
+        "phase": case.phase,
+        "context_len": case.context_len,
+        "layers": layer_count(case.config),
         "torch_version": torch.__version__,
         "tvm_version": version("apache-tvm"),
         "transformers_version": transformers.__version__,

@@ -1,5 +1,6 @@
 """What a user is told when something is wrong: one line, never a traceback."""
 
+import contextlib
 import re
 import sys
 
@@ -44,3 +45,18 @@ def warn(message):
 def print_error(error, program="benchmark.py"):
     """Prints an error, a UserError or a text, as one line on stderr."""
     print(f"{program}: error: {without_breaks(error)}", file=sys.stderr)
+
+
+def recompiling_fails():
+    """Returns a context in which an inference fails, with the reason, for which torch.compile would compile anew."""
+    dynamo = sys.modules.get("torch._dynamo")  # items that do not use it need not wait for its import
+    return dynamo.config.patch(error_on_recompile=True) if dynamo else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def report_errors_as(columns, name):
+    """Puts an error that ends the block into a column of that name, in one line."""
+    try:
+        yield
+    except Exception as error:
+        columns[name] = one_line(error)

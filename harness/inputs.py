@@ -39,8 +39,18 @@ def input_shapes(case):
 
 
 def describe_shapes(case):
-    """Returns the shapes in one line, as the row's `input_shape` has them."""
-    return " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in input_shapes(case).items())
+    """Returns the shapes in one line, as the row's `input_shape` has them; of a step, less those of its cache."""
+    shapes = input_shapes(case)
+    if case.phase == "decode":
+        tokens = token_name(case)
+        encoder = {name: shape for name, shape in shapes.items() if name != tokens}
+        shapes = {**(encoder if case.config.is_encoder_decoder else {}), tokens: (case.batch_size, 1)}
+    return " ".join(f"{name}={'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def token_name(case):
+    """Returns the name of the argument that takes the token ids of the part of a model that decodes."""
+    return "decoder_input_ids" if case.config.is_encoder_decoder else "input_ids"
 
 
 def make_inputs(case, seed=SEED):

@@ -29,10 +29,11 @@ MAX_CONFIG_MEMORY_BYTES = 2**28
 RANDOM_ADVICE = "random weights (latency does not depend on their values)"
 
 
-def find_model(name, weights):
+def find_model(name, weights, layers=None):
     """Returns a model's transformers config and the directory that holds its safetensors, or None for random weights.
 
-    name: hub id, or path of a directory. weights: "auto", "pretrained" or "random". Raises UserError with what to do.
+    name: hub id, or path of a directory. weights: "auto", "pretrained" or "random". layers: of builtin_config(). Raises
+    UserError with what to do.
     """
     is_offline = False
     if os.path.isdir(name):
@@ -40,19 +41,21 @@ def find_model(name, weights):
     elif os.path.exists(name) or name.startswith((".", "/", "~")):
         raise UserError(f"{name} is not a directory; --model takes a hub id or a directory with a config.json")
     elif weights == "random" and name in BUILTIN_ARCHITECTURES:
-        return builtin_config(name), None
+        return builtin_config(name, layers), None
     else:
         try:
             directory, is_offline = download(name, with_weights=weights != "random")
         except hub_errors.LocalEntryNotFoundError:
             if weights == "auto" and name in BUILTIN_ARCHITECTURES:
                 warn(f"{name}: the hub cannot be reached; {RANDOM_ADVICE}")
-                return builtin_config(name), None
+                return builtin_config(name, layers), None
             raise UserError(
                 f"{name}: the hub cannot be reached and the model is not in the cache; check the network, HF_ENDPOINT "
                 f"and HF_HUB_OFFLINE, or take one of the {len(BUILTIN_ARCHITECTURES)} that are built in (see --help)"
             ) from None
         advice = "use --weights random, or convert the checkpoint to safetensors"
+    if layers not in (None, "all"):
+        raise UserError(f"--layers {layers} is for built-in models with random weights; {name} runs with all it has")
     config = read_config(name, directory)
     if weights == "random":
         return config, None

@@ -7,6 +7,7 @@ import torch
 
 from harness.case import PRECISIONS, arithmetic
 from harness.check import output_arrays, relative_error
+from harness.decode import cache_arrays, run_chain
 from harness.inputs import change_inputs
 from harness.processes import WorkerError, report
 from harness.weights import load_on_device
@@ -19,15 +20,15 @@ class Reference(typing.NamedTuple):
 
     origin: str  # precision and place, for the row's column `reference`
     outputs: list
-    changed_outputs: list  # on the inputs that change_inputs() gives
+    changed_outputs: list  # of run_on_changed_inputs()
 
     def check(self, tolerance, first, last=None, changed=None):
         """Returns the row's columns rel_error, status, error and reference.
 
         first, last: the outputs of the first run and of the last timed one. A replayed CUDA graph, for example, must
-        give what the first run gave. changed: those of a run after change_inputs(), which a callable that keeps a
-        result instead of computing it cannot give. Each is a list of arrays, or None where there was no such run. The
-        worst counts.
+        give what the first run gave. changed: those of run_on_changed_inputs(), which a callable that keeps a result
+        instead of computing it cannot give. Each is a list of arrays, or None where there was no such run. The worst
+        counts.
         """
         errors = {"in the first run": relative_error(first, self.outputs)}
         is_stale = False
@@ -58,11 +59,23 @@ def compute_reference(case, precision, place):
         with arithmetic(precision) as dtype:
             on_place = dataclasses.replace(case, device="cpu") if place == "host" else case
             model, inputs = load_on_device(on_place, dtype)
-            outputs = output_arrays(model(**inputs))
-            change_inputs(inputs, case)
-            return Reference(f"{precision} on the {place}", outputs, output_arrays(model(**inputs)))
+            outputs = output_arrays(model(**inputs)) + cache_arrays(inputs)
+            changed = run_on_changed_inputs(lambda: output_arrays(model(**inputs)), inputs, case)
+            return Reference(f"{precision} on the {place}", outputs, changed)
     except torch.OutOfMemoryError:  # PyTorch raises it for a device's memory, never for the host's
         return None
+
+
+def run_on_changed_inputs(run, inputs, case):
+    """Returns the arrays that run() gives once the inputs, {name: tensor}, have changed in place.
+
+    Of a case that decodes, those of a chain of steps, one after another, and of the cache that they leave.
+    """
+    if case.phase == "decode":
+        logits = [array for arrays in run_chain(run, inputs, case) for array in arrays]
+        return logits + cache_arrays(inputs)
+    change_inputs(inputs, case)
+    return run()
 
 
 class References:

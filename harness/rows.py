@@ -17,6 +17,8 @@ PUBLISHED_RESULTS, PUBLISHED_COVERAGE = RESULTS / "benchmark.csv", RESULTS / "co
 LOCAL = RESULTS / "local"  # a user's own rows, pictures and schedules; ignored by git
 LOCAL_RESULTS = LOCAL / "benchmark.csv"
 
+PHASES = ("forward", "decode")  # a forward pass over whole inputs, or one token more against a cache: decode.py
+
 # New columns go to the end.
 COLUMNS = """
 model_name test_item batch_size compile_time_s infer_time_mean_ms infer_time_median_ms infer_time_std_ms
@@ -24,11 +26,13 @@ infer_time_min_ms infer_time_p90_ms infer_time_p99_ms iterations throughput_samp
 precision device_name weights input_shape status error torch_version tvm_version transformers_version cuda_version
 driver_version timestamp_utc energy_mj_per_sample warnings concurrent_cases tune_time_s tune_trials
 warm_start_time_s host_time_ms model_class config_hash cpu_threads harness_version reference
+phase context_len tokens_per_s bandwidth_share layers
 """.split()
 # What makes two rows runs of the same thing by different items, in two parts: the case, and what it was measured with.
 CASE = "model_name model_class config_hash batch_size input_shape".split()
 SETTING = """
 device_name precision weights cpu_threads torch_version tvm_version transformers_version harness_version
+phase context_len
 """.split()
 KEY = CASE + SETTING
 HOST_BOUND_SHARE = 0.9  # a row waits for the host whose host_time_ms is at least so much of its median

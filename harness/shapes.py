@@ -154,13 +154,19 @@ def decoder_text_shape(case):
 
 def token_count(case, config):
     """Returns the number of tokens of a text: the case's seq_len, capped by the positions that the model has."""
+    limit = position_limit(case, config)
+    return case.seq_len if limit is None else min(case.seq_len, limit)
+
+
+def position_limit(case, config):
+    """Returns how many positions the part of the model with this config has, None where there is no limit."""
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
-    limits = [getattr(config, name, None) or 0 for name in names]
-    positions = min((limit for limit in limits if limit > 0), default=case.seq_len)  # XLNet's -1: as many as one likes
+    limits = [limit for name in names if (limit := getattr(config, name, None) or 0) > 0]  # XLNet's -1: no limit
+    if not limits:
+        return None
     # RoBERTa's kin count positions from behind the padding id; the library does so in a function of this name.
-    if "create_position_ids_from_input_ids" in family_source(case):
-        positions -= (config.pad_token_id or 0) + 1
-    return min(case.seq_len, positions)
+    is_shifted = "create_position_ids_from_input_ids" in family_source(case)
+    return min(limits) - ((config.pad_token_id or 0) + 1 if is_shifted else 0)
 
 
 def box_shape(case):

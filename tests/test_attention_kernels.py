@@ -56,10 +56,26 @@ def test_kernels_compile_for_hopper(tvm, dtype, head_dim):
     assert source.count('extern "C" __global__') == 2  # one kernel, declared and defined
 
 
+@pytest.mark.parametrize("dtype, head_dim", [("float16", 64), ("bfloat16", 128)])
+def test_kernels_for_a_cache_compile_for_hopper(tvm, dtype, head_dim):
+    """Two kernels, the first of which loads 16 bytes at a time."""
+    target = tvm.target.Target(json.loads(H200))
+    mask = {"mask_shape": (1, 1, 1, 1024), "mask_dtype": "bool"}
+    attention = make_attention(dtype, head_dim, **{**CACHE, "heads": 32, "key_heads": 8, "key_count": 1024}, **mask)
+    template = make_template(tvm, attention)
+    with target:
+        module = template.realize(random_fitting(template, random.Random(head_dim)))
+        source = tvm.build(module, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
+    assert source.count('extern "C" __global__') == 4 and "*(uint4*)(loaded" in source
+
+
 def attend(attention, inputs):
     """Returns what PyTorch computes in float64, in the layout of the task, from the tensors that its function reads."""
+    in_order = inputs
+    if attention.heads_first:
+        in_order = [inputs[0], *(tensor.transpose(1, 2) for tensor in inputs[1:3])]
     queries, keys, values = (
-        inputs[source.tensor][:, :, source.first : source.first + heads].double().transpose(1, 2)
+        in_order[source.tensor][:, :, source.first : source.first + heads].double().transpose(1, 2)
         for source, heads in zip(attention.sources, (attention.heads, attention.key_heads, attention.key_heads))
     )
     mask = inputs[-1] if attention.mask_shape else None
@@ -96,6 +112,7 @@ def check_emulated(module, target, attention, pipeline):
 ONE_TENSOR = (Source(0, 4, 0), Source(0, 4, 2), Source(0, 4, 3))
 TWO_TENSORS = (Source(1, 2, 0), Source(0, 2, 1), Source(0, 2, 0))
 SMALL = {"batch": 1, "heads": 2, "key_heads": 2}
+CACHE = {"query_count": 1, "heads_first": True, "batch": 2}
 # kind -> (fields of the attention, parameters of the kernel: see attention_mma.py and attention_fma.py)
 KERNELS = {
     "one stage": ({"query_count": 37, "key_count": 37, "head_dim": 32}, (2, 1, 16, 1)),
@@ -121,6 +138,22 @@ KERNELS = {
     "fp32, mask": (
         {"query_count": 37, "key_count": 37, "mask_shape": (1, 2, 37, 37), "mask_dtype": "bool", "dtype": "float32"},
         (16, 4, 3, 16, 3),
+    ),
+    # see attention_decode.py
+    "cache, grouped": (
+        CACHE | {"key_count": 64, "heads": 4, "mask_shape": (1, 1, 1, 64), "mask_dtype": "bool"},
+        (2, 2, 32, 2),
+    ),
+    "cache, biases, cut": (
+        CACHE
+        | {"key_count": 77, "heads": 4, "key_heads": 1, "head_dim": 128}
+        | {"mask_shape": (2, 4, 1, 77), "mask_dtype": "float16"},
+        (1, 4, 32, 2),
+    ),
+    "cache, fp32": (CACHE | {"key_count": 50, "head_dim": 32, "dtype": "float32"}, (1, 1, 32, 4)),
+    "cache, bf16, one part": (
+        CACHE | {"key_count": 70, "dtype": "bfloat16", "mask_shape": (1, 1, 1, 70), "mask_dtype": "bool"},
+        (4, 1, 128, 1),
     ),
 }
 

@@ -4,7 +4,7 @@ import pytest
 
 from harness.reports.comparison import compare, drop_superseded, read_rows
 from harness.reports.pictures import file_names
-from harness.reports.tables import plus_minus, rounded
+from harness.reports.tables import bandwidth_table, plus_minus, rounded
 from made_up_rows import row, write_csv
 
 
@@ -74,3 +74,27 @@ def test_no_more_digits_than_the_spread_allows(value, spread, text):
 
 def test_rounding_to_hundreds():
     assert rounded(1251, -2) == "1,300"
+
+
+def test_phases_and_contexts_never_meet(tmp_path):
+    """And rows of before there were phases are forward passes, whether their file has the columns or not."""
+    fields = {"phase": "decode", "tokens_per_s": 1000.0, "bandwidth_share": 0.5}
+    steps = [
+        row(item, 1, median, context_len=n, **fields)
+        for n in (1024, 16384)
+        for item, median in (("torch", 2.0), ("tvm", 1.0))
+    ]
+    passes = [row(item, 1, 3.0) for item in ("torch", "tvm")]
+    new = write_csv(tmp_path / "new.csv", [*steps, *passes])
+    old = tmp_path / "old.csv"
+    lines = write_csv(old, passes).read_text().splitlines()
+    old.write_text("".join(f"{line.rsplit(',', 5)[0]}\n" for line in lines))
+    assert "phase" not in old.read_text()
+    titles = [comparison.title for comparison in compare(read_rows([old, new]))]
+    assert titles == [
+        "GPU A, fp32",
+        "GPU A, fp32, decode, context length 1024",
+        "GPU A, fp32, decode, context length 16384",
+    ]
+    tables = [bandwidth_table(comparison) for comparison in compare(read_rows([new]))]
+    assert tables[0] == "" and "1,000 tokens/s (50%)" in tables[1]

@@ -62,7 +62,7 @@ def test_what_is_no_product_or_too_thin_is_left_alone(tvm):
         [x, w, te.compute((32, 64), lambda i, j: sums[2 * i, j])],  # of every other row
     ):
         assert find_product_task(tvm.IRModule({"main": te.create_prim_func(arguments)})) is None
-    for shape in ((1, 4, 64, 64), (1, 64, 4, 64), (1, 64, 64, 8), (65536, 8, 8, 16)):
+    for shape in ((1, 64, 4, 64), (1, 64, 64, 8), (65536, 8, 8, 16)):
         assert find_product_task(make_batched_product(shape, "float16", epilogue=False)[0]) is None
 
 

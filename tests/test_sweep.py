@@ -128,3 +128,12 @@ def test_a_sweep_goes_on_where_nobody_reads_it(write_model, tmp_path, redirected
     assert done.returncode == 0 and b"rror" not in done.stderr, done.stderr
     assert [row["batch_size"] for row in read_csv(tmp_path / "rows.csv")] == ["1", "2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_phases_and_context_lengths_are_swept(command):
+    variables = {"MODELS": "a/b", "BATCH_SIZES": "1 4", "PHASES": "forward decode", "CONTEXT_LENS": "64 128"}
+    lines = command("benchmark_all.sh", "--list", **variables, **ENVIRONMENT).stdout.splitlines()
+    assert len(lines) == 6 and sum("--phase" in line for line in lines) == 4
+    assert sum("--batch-size 4 --precision fp32 --phase decode --context-len 128 " in line for line in lines) == 1
+    done = command("benchmark_all.sh", "--list", **variables | {"PHASES": "prefill"}, **ENVIRONMENT)
+    assert done.returncode == 2 and "PHASES takes forward and decode" in done.stderr

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 import benchmark
+from harness.figures import statistics
 
 
 def test_statistics_against_numpy():
     times_ms = np.random.default_rng(0).gamma(9, 0.3, 1001)
-    columns = benchmark.statistics(times_ms, batch_size=4)
+    columns = statistics(times_ms, batch_size=4)
     ordered = np.sort(times_ms)
     assert columns["infer_time_median_ms"] == ordered[500]
     assert columns["infer_time_min_ms"] == ordered[0] and columns["infer_time_max_ms"] == ordered[-1]
@@ -19,7 +20,7 @@ def test_statistics_against_numpy():
     assert columns["infer_time_std_ms"] == pytest.approx(variance**0.5)
     assert columns["throughput_samples_per_s"] == pytest.approx(4 * 1001 / (sum(times_ms) / 1e3))
     assert columns["iterations"] == 1001
-    assert benchmark.statistics(np.array([2.0]), 1)["infer_time_std_ms"] == 0
+    assert statistics(np.array([2.0]), 1)["infer_time_std_ms"] == 0
 
 
 def test_iterations_follow_the_budget():

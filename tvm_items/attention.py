@@ -99,6 +99,7 @@ def convert_attention(node, importer):
     if mask is not None and mask.target == aten.expand.default:
         mask = mask.args[0]
     tensors, sources = find_sources(query, key, value)
+    heads_first = all(is_cache(node) and sources[number].tensor == number for number, node in ((1, key), (2, value)))
     mask_shape = mask and (1,) * (4 - len(shape(mask))) + shape(mask)
     attention = Attention(
         batch,
@@ -113,18 +114,28 @@ def convert_attention(node, importer):
         mask_shape,
         mask and dtype_name(mask),
         sources,
+        heads_first,
     )
     builder = importer.block_builder
     arguments = []
     for (tensor, is_of_product), (tensor_shape, _) in zip(tensors, attention.inputs):
-        in_layout = relax.op.reshape if is_of_product else relax.op.permute_dims
-        arguments.append(builder.emit(in_layout(importer.env[tensor], tensor_shape if is_of_product else [0, 2, 1, 3])))
+        argument = importer.env[tensor]
+        if is_of_product:
+            argument = builder.emit(relax.op.reshape(argument, tensor_shape))
+        elif not (heads_first and tensor in (key, value)):
+            argument = builder.emit(relax.op.permute_dims(argument, [0, 2, 1, 3]))
+        arguments.append(argument)
     if mask is not None:
         arguments.append(builder.emit(relax.op.reshape(importer.env[mask], mask_shape)))
     function = builder.add_func(define_attention(attention).without_attr("global_symbol"), "attention")
     result_type = relax.TensorType([batch, query_count, heads, head_dim], attention.dtype)
     result = builder.emit(relax.call_tir(function, arguments, result_type))
     return builder.emit(relax.op.permute_dims(result, [0, 2, 1, 3]))
+
+
+def is_cache(node):
+    """Returns whether a node is a cache of keys or values: an input of the model, or what is written into one."""
+    return node.op == "placeholder" or node.target == aten.index_copy.default
 
 
 def before_repeat(node):

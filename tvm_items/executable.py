@@ -3,6 +3,7 @@
 import functools
 import json
 
+from tvm_items.in_place import with_fixed_inputs, writes_into_inputs
 from tvm_items.lowering import tir_pipeline
 
 LIBRARY, WEIGHTS, INPUT_NAMES = "model.so", "weights.params", "inputs.json"
@@ -16,6 +17,8 @@ def compile_and_bind(module, weights, exported, inputs, target, case, pipeline, 
     the whole model becomes one CUDA graph. save(directory) keeps what load_saved() needs.
     """
     options = {"relax.backend.use_cuda_graph": case.device != "cpu", **options}
+    if writes_into_inputs(exported):
+        module = with_fixed_inputs(module)
     executable = compile_module(module, target, pipeline, options)
     vm = virtual_machine(executable, case)
     weights = on_device(weights, case)

@@ -154,7 +154,10 @@ def in_form_before(moved, other):
     """
     source, arguments = moved.args
     if other.meta["val"].numel() == 1:
-        return other
+        if other.meta["val"].ndim <= len(shape(source)):
+            return other
+        ones = [1] * len(shape(source))  # with more dimensions it would give the result as many
+        return insert_after(other, VIEW, ones, other.meta["val"].reshape(ones))
     if moved.target == VIEW and shape(other) == shape(source)[-1:] == shape(moved)[-1:]:  # one value for each feature
         return other
     if shape(other) != shape(moved):

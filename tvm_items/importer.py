@@ -18,6 +18,7 @@ from tvm_items.exported_graph import (
     sort_plainly,
     subtract_integers_by_adding,
 )
+from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
 
 aten = torch.ops.aten
 
@@ -36,9 +37,12 @@ def export_for_tvm(model, inputs, whole_attention=False):
         table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         try:
-            return torch.export.export(*arguments).run_decompositions(table)
+            exported = torch.export.export(*arguments)
         except GuardOnDataDependentSymNode:
-            exported = torch.export.draft_export(*arguments).run_decompositions(table)
+            exported = torch.export.draft_export(*arguments)
+        keep_writes(exported, table)
+        exported = exported.run_decompositions(table)
+    check_writes(exported)
     for assertion in exported.graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
         exported.graph.erase_node(assertion)
     exported.graph.eliminate_dead_code()
@@ -64,7 +68,10 @@ def import_to_relax(exported):
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
     count_from_the_front(exported.graph)
-    converters = CONVERTERS | {"scaled_dot_product_attention.default": convert_attention}
+    converters = CONVERTERS | {
+        "scaled_dot_product_attention.default": convert_attention,
+        "index_copy.default": convert_index_copy,
+    }
     with operators_in_input_dtype():
         module = from_exported_program(
             exported, keep_params_as_input=True, custom_convert_map=converters, run_ep_decomposition=False

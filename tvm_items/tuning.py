@@ -12,6 +12,7 @@ import tempfile
 import torch
 
 from harness import processes
+from harness.architectures import layer_count
 from harness.case import PRECISIONS, arithmetic
 from harness.errors import UserError, warn
 from harness.inputs import describe_shapes
@@ -35,9 +36,13 @@ MAKE_TASKS_TIMEOUT_S = 600
 
 
 def tuned_name(case):
-    """Returns the case's name in a library and in its journal's: the model, its input shapes and the precision."""
+    """Returns the case's name in a library and in its journal's: the model, its input shapes and the precision.
+
+    Of a step of decoding also the context's length, and the layers that run: each name stands for one set of kernels.
+    """
     shapes = re.sub(r"[^\w.=-]+", "_", describe_shapes(case)).strip("_")
-    return ".".join((file_stem(case.model_name), shapes, case.precision))
+    step = [f"decode-{case.context_len}", f"layers-{layer_count(case.config)}"] if case.phase == "decode" else []
+    return ".".join((file_stem(case.model_name), shapes, *step, case.precision))
 
 
 def tvm_version():
@@ -79,9 +84,10 @@ def runs_unasked(case):
 
 def describe_search(case):
     """Returns the command that searches for the case's schedules, and for how long."""
+    step = f"--phase decode --context-len {case.context_len} " if case.phase == "decode" else ""
     return (
         f"{TUNE_MINUTES:g} minutes of search on {case.device_name}: python benchmark.py --model {case.model_name} "
-        f"--batch-size {case.batch_size} --precision {case.precision} --tune-minutes {TUNE_MINUTES:g}"
+        f"--batch-size {case.batch_size} --precision {case.precision} {step}--tune-minutes {TUNE_MINUTES:g}"
     )
 
 
@@ -156,7 +162,7 @@ def found_by(record, library, name):
 def make_tasks(case, target_json):
     """Returns the Tasks of the case's model."""
     with arithmetic(case.precision) as dtype, torch.no_grad():
-        model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype)
+        model, inputs = load_on_device(dataclasses.replace(case, device="cpu"), dtype, with_values=False)
         exported = export_for_tvm(model, inputs, whole_attention=True)
     target = load_target(target_json)
     module, _ = tuned_module(exported, target, PRECISIONS[case.precision].tf32)

@@ -7,10 +7,16 @@ from collections import defaultdict
 
 from harness.errors import UserError
 from harness.reports import verdict
-from harness.rows import CASE, COLUMNS, KEY, SETTING, item_order, number
+from harness.rows import CASE, COLUMNS, KEY, PHASES, SETTING, item_order, number
 
 FILLED = "model_name test_item batch_size device_name precision".split()  # columns that no row leaves empty
 TIMES = [name for name in COLUMNS if name.endswith(("_time_s", "_ms"))]
+RATES = ("tokens_per_s", "bandwidth_share")
+DECODE_COLUMNS = ("phase", "context_len", *RATES, "layers")  # that rows of earlier versions lack
+# What is measured again with other versions or threads: a row's KEY less those.
+CASE_ON_DEVICE = """
+device_name precision weights model_name depth sample_shape batch_size phase context_len
+""".split()
 INFER_TIMES = [name for name in TIMES if name.startswith("infer_time_")]
 
 
@@ -42,7 +48,12 @@ class Comparison(typing.NamedTuple):
 
     @property
     def title(self):
-        return f"{self.setting['device_name']}, {self.setting['precision']}"
+        title = f"{self.setting['device_name']}, {self.setting['precision']}"
+        return f"{title}, decode, context length {self.setting['context_len']}" if self.decodes else title
+
+    @property
+    def decodes(self):
+        return self.setting["phase"] == "decode"
 
     @property
     def items(self):
@@ -52,15 +63,17 @@ class Comparison(typing.NamedTuple):
 def read_rows(paths):
     """Returns the latest row of each KEY and item in the CSVs, with three columns more.
 
-    `layers` says how a model was cut in depth ("4 of 24 layers"), which the CSV has behind the kind of weights,
-    `sample_shape` is the inputs' shape without the batch, and `label` the name that the model has in tables.
+    `depth` says how a model was cut ("4 of 24 layers"), which the CSV has behind the kind of weights, `sample_shape` is
+    the inputs' shape without the batch, and `label` the name that the model has in tables. Rows of versions that knew
+    no phase are of a forward pass.
     """
     rows = [row for path in paths for row in read_csv(path)]
     for row in rows:
-        row["weights"], _, row["layers"] = row["weights"].partition(", ")
+        row["weights"], _, row["depth"] = row["weights"].partition(", ")
+        row["phase"] = row["phase"] or "forward"
         row["sample_shape"] = re.sub(r"=\d+(x?)", lambda batch: "=" if batch[1] else "", row["input_shape"])
     rows.sort(key=lambda row: row["timestamp_utc"])
-    rows = list({tuple(row[name] for name in [*KEY, "layers", "test_item"]): row for row in rows}.values())
+    rows = list({tuple(row[name] for name in [*KEY, "depth", "test_item"]): row for row in rows}.values())
     label_models(rows)
     return rows
 
@@ -74,10 +87,11 @@ def read_csv(path):
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or [])]:
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
+            if missing and missing != list(DECODE_COLUMNS):
                 raise UserError(f"{path} is not a CSV of this version's benchmark.py: it has no column {missing[0]}")
             for row in reader:
-                rows.append((f"{path}, line {reader.line_num}", row))
+                rows.append((f"{path}, line {reader.line_num}", row | dict.fromkeys(missing, "")))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if rows and None in rows[-1][1].values():
@@ -95,15 +109,21 @@ def check_row(place, row):
         raise UserError(f"{place}: {empty[0]} is empty")
     if not re.fullmatch("[1-9][0-9]{0,8}", row["batch_size"]):
         raise UserError(f"{place}: batch_size is {row['batch_size']!r:.80}, not a whole number of at least 1")
+    if row["phase"] not in ("", *PHASES) or (row["phase"] == "decode") != bool(row["context_len"]):
+        raise UserError(f"{place}: phase is {row['phase']!r:.80} with a context_len of {row['context_len']!r:.80}")
+    if row["context_len"] and not re.fullmatch("[1-9][0-9]{0,8}", row["context_len"]):
+        raise UserError(f"{place}: context_len is {row['context_len']!r:.80}, not a whole number of at least 1")
     if row["status"] not in ("ok", "wrong", "failed"):
         raise UserError(f"{place}: status is {row['status']!r:.80}, not ok, wrong or failed")
-    for name in TIMES:
+    for name in (*TIMES, *RATES):
         try:
             value = number(row, name)
         except ValueError:
             raise UserError(f"{place}: {name} is {row[name]!r:.80}, not a number") from None
         if value is not None and not 0 <= value < 1e12:
-            raise UserError(f"{place}: {name} is {row[name]!r:.80}, which no time can be")
+            raise UserError(
+                f"{place}: {name} is {row[name]!r:.80}, which no {'rate' if name in RATES else 'time'} can be"
+            )
         if row["status"] == "ok" and name in INFER_TIMES and not value and name != "infer_time_std_ms":
             raise UserError(f"{place}: {name} is {row[name]!r:.80} in a row that is ok")
         if row["status"] == "ok" and name == "infer_time_std_ms" and value is None:
@@ -115,7 +135,7 @@ def label_models(rows):
 
     A class or a config that was not recorded, as in rows of earlier versions, tells nothing apart.
     """
-    extras = {id(row): [row["layers"]] if row["layers"] else [] for row in rows}
+    extras = {id(row): [row["depth"]] if row["depth"] else [] for row in rows}
     for name in ("sample_shape", "model_class", "config_hash"):
         alike = defaultdict(list)
         for row in rows:
@@ -130,11 +150,15 @@ def label_models(rows):
 
 
 def compare(rows):
-    """Returns a Comparison for each setting, in the order device, precision, weights, versions."""
+    """Returns a Comparison for each setting, in the order phase, device, precision, weights, versions."""
     settings = defaultdict(lambda: defaultdict(list))
     for row in rows:
         case = row["label"], int(row["batch_size"]), *(row[name] for name in CASE)
         settings[tuple(row[name] for name in SETTING)][case].append(row)
+
+    def order(setting):  # forward passes first; contexts by their length
+        return setting[-2] == "decode", *setting[:-2], int(setting[-1] or 0)
+
     return [
         Comparison(
             dict(zip(SETTING, setting)),
@@ -143,7 +167,7 @@ def compare(rows):
                 for case in sorted(cases)
             ],
         )
-        for setting, cases in sorted(settings.items())
+        for setting, cases in sorted(settings.items(), key=lambda item: order(item[0]))
     ]
 
 
@@ -155,9 +179,7 @@ def drop_superseded(rows):
     """
     cases = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        case = tuple(
-            row[name] for name in "device_name precision weights model_name layers sample_shape batch_size".split()
-        )
+        case = tuple(row[name] for name in CASE_ON_DEVICE)
         cases[case][tuple(row[name] for name in SETTING)].append(row)
     kept = []
     for settings in cases.values():

@@ -1,4 +1,4 @@
-"""Pictures of rows: one a model, a panel for each setting, grouped bars by batch size."""
+"""Pictures of rows: one a model and phase, a panel for each setting, grouped bars by batch size."""
 
 import textwrap
 from collections import Counter
@@ -26,24 +26,26 @@ UPRIGHT_LABEL = 0.36  # inches; in a narrower place a bar's number is turned by 
 
 
 def save_pictures(comparisons, directory):
-    """Saves a picture for each model of the comparisons in the directory; returns the paths."""
-    names = sorted({row["model_name"] for comparison in comparisons for row in comparison.rows})
+    """Saves a picture for each model and phase of the comparisons in the directory; returns the paths."""
     paths = []
-    for name, file_name in zip(names, file_names(names)):
-        paths.append(directory / file_name)
-        draw_model(find_panels(comparisons, name), paths[-1])
+    for phase, ending in (("forward", "infer_time"), ("decode", "decode_time")):
+        of_phase = [comparison for comparison in comparisons if comparison.setting["phase"] == phase]
+        names = sorted({row["model_name"] for comparison in of_phase for row in comparison.rows})
+        for name, file_name in zip(names, file_names(names, ending)):
+            paths.append(directory / file_name)
+            draw_model(find_panels(of_phase, name), paths[-1])
     return paths
 
 
-def file_names(model_names):
-    """Returns a file name for each model name, of which no two are the same."""
+def file_names(model_names, ending="infer_time"):
+    """Returns a file name with that ending for each model name, of which no two are the same."""
     plain = [name.strip("/").replace("/", "_") for name in model_names]
     shared = Counter(plain)
     usable = [
         shared[stem] == 1 and len(stem.encode()) <= LONGEST_STEM and stem.isprintable() for stem in plain
     ]  # what is not printable may be a NUL byte, which no path takes
     stems = [stem if good else file_stem(name) for name, stem, good in zip(model_names, plain, usable)]
-    return [f"{stem}_infer_time.png" for stem in stems]
+    return [f"{stem}_{ending}.png" for stem in stems]
 
 
 def find_panels(comparisons, model_name):

@@ -116,6 +116,25 @@ def compact_table(comparison):
     return paragraphs(text, legend(text), reasons(comparison))
 
 
+def bandwidth_table(comparison):
+    """Returns a line a case with the tokens a second of every item and its share of the memory's copy rate.
+
+    Nothing of forward passes.
+    """
+    if not comparison.decodes:
+        return ""
+    lines = []
+    for case in comparison.cases:
+        line = {"model": case.label, "batch size": case.batch_size, **dict.fromkeys(comparison.items, "")}
+        for row in case.rows:
+            rate, share = number(row, "tokens_per_s"), number(row, "bandwidth_share")
+            if row["status"] == "ok" and rate is not None and share is not None:
+                line[row["test_item"]] = f"{rate:,.0f} tokens/s ({share:.0%})"
+        lines.append(line)
+    text = table(lines, right={"batch size", *comparison.items})
+    return paragraphs(text, "In brackets: weights and cache, moved once, against the rate at which the device copies")
+
+
 def verdict_table(comparison):
     """Returns a line a case: what to use, how much faster it is, what it costs and when that has paid for itself.
 
@@ -254,7 +273,7 @@ def totals_table(comparisons):
             lines.append(
                 {
                     "device_name": comparison.setting["device_name"],
-                    "precision": comparison.setting["precision"],
+                    "precision": comparison.title.partition(", ")[2],
                     "test_item": item,
                     "ok": f"{ok} of {len(with_item)}",
                     "faster than eager": "/" if item == verdict.EAGER else faster,

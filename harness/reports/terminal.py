@@ -11,9 +11,15 @@ from harness.rows import ITEM_ORDER, waits_for_host
 def describe_title(case, columns):
     """Returns the line that stands above a case's rows. columns: those that all of them share."""
     return (
-        f"{case.model_name}, batch size {case.batch_size}, {case.precision}, {columns['weights']} weights, "
+        f"{case.model_name}, {describe_phase(columns)}batch size {case.batch_size}, {case.precision}, "
+        f"{columns['weights']} weights, "
         f"{case.device_name}, {case.model_class.__name__}: {columns['input_shape']}"
     )
+
+
+def describe_phase(columns):
+    """Returns what the title says of a case that decodes; nothing of a forward pass."""
+    return f"decode, context length {columns['context_len']}, " if columns["phase"] == "decode" else ""
 
 
 def describe_row(row):
@@ -31,6 +37,8 @@ def describe_row(row):
         text += f" (again in {row['warm_start_time_s']:.1f} s)"
     if row.get("tune_trials") is not None:
         text += f"  tuned in {row['tune_time_s']:.0f} s ({row['tune_trials']} trials)"
+    if row.get("tokens_per_s") is not None:
+        text += f"  {row['tokens_per_s']:.0f} tokens/s, {row['bandwidth_share']:.0%} of the memory's copy rate"
     text += f"  rel_error {row['rel_error']:.1e}"
     if row["status"] == "wrong":
         text += f"  WRONG: {row['error']}"

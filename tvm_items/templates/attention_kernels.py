@@ -4,11 +4,12 @@ import dataclasses
 import typing
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.attention_decode import decode_kernel, decode_resources, is_decode, vector
 from tvm_items.templates.attention_fma import VECTOR, fma_kernel, fma_resources
 from tvm_items.templates.attention_mma import TILE, mma_kernel, mma_resources
 from tvm_items.templates.attention_task import Attention
 
-MMA, FMA = 110, 111  # the templates' numbers
+MMA, FMA, DECODE = 110, 111, 112  # the templates' numbers
 # Of a thread, and of all threads that a multiprocessor has at once (CUDA C++ Programming Guide, compute capabilities).
 MAX_THREAD_REGISTERS, MAX_REGISTERS = 255, 64 * 1024
 WARPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
@@ -17,11 +18,14 @@ KEY_TILES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 208, 256)
 STAGES = (1, 2, 3)
 THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES = (2, 4, 8, 16, 32), (4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8)
 FMA_KEY_TILES = (16, 32, 64, 96, 128)
+DECODE_WARPS, GROUPS, PARTS, KEYS = (1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128, 256, 512, 1024), (1, 2, 4, 8)
 
 
-def attention_template(attention, limit):
-    """Returns the Template for an Attention; limit: bytes of shared memory that a block of threads may have."""
-    return (fma_template if attention.dtype == "float32" else mma_template)(attention, limit)
+def attention_templates(attention, limit):
+    """Returns the Templates for an Attention; limit: bytes of shared memory that a block of threads may have."""
+    if attention.heads_first:
+        return [decode_template(attention, limit)] if is_decode(attention) else []
+    return [(fma_template if attention.dtype == "float32" else mma_template)(attention, limit)]
 
 
 @dataclasses.dataclass
@@ -90,6 +94,23 @@ def fma_template(attention, limit):
 
     options = [THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES, FMA_KEY_TILES, STAGES]
     return Template(FMA, attention, fma_kernel, fma_resources, is_useful, options, limit)
+
+
+def decode_template(attention, limit):
+    """Returns the Template for one query over a cache; limit: bytes of shared memory that a block may have."""
+    lanes = attention.head_dim // vector(attention)
+
+    def is_useful(warps, group, part, keys):
+        step = warps * WARP_THREADS // lanes * keys
+        return (
+            attention.heads // attention.key_heads % group == 0
+            and step <= part
+            and (part < 2 * attention.key_count or part == PARTS[0])
+        )
+
+    return Template(
+        DECODE, attention, decode_kernel, decode_resources, is_useful, [DECODE_WARPS, GROUPS, PARTS, KEYS], limit
+    )
 
 
 def is_useful_step(attention, key_tile, stages):

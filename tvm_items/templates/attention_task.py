@@ -40,15 +40,16 @@ class Attention(typing.NamedTuple):
     mask_shape: tuple[int, ...] | None  # (batch, heads, query_count, key_count), 1 where it is the same for all
     mask_dtype: str | None  # "bool", False for keys that are not seen, or that of numbers to add
     sources: tuple[Source, Source, Source]  # of queries, keys and values
+    heads_first: bool = False  # keys and values are (batch, key_heads, key_count, head_dim), as a cache has them
 
     @property
     def inputs(self):
         """The (shape, dtype) of each tensor that the function reads, in the order of its parameters."""
-        counts = (self.query_count, self.key_count, self.key_count)
-        tensors = {
-            source.tensor: ((self.batch, count, source.heads, self.head_dim), self.dtype)
-            for source, count in zip(self.sources, counts)
-        }
+        tensors = {}
+        for number, source in enumerate(self.sources):
+            tokens = self.key_count if number else self.query_count
+            middle = (source.heads, tokens) if number and self.heads_first else (tokens, source.heads)
+            tensors[source.tensor] = (self.batch, *middle, self.head_dim), self.dtype
         masks = [(self.mask_shape, self.mask_dtype)] if self.mask_shape else []
         return [tensors[number] for number in sorted(tensors)] + masks
 
@@ -69,10 +70,14 @@ def define_attention(attention):
     inputs = [te.placeholder(shape, dtype, f"input{number}") for number, (shape, dtype) in enumerate(a.inputs)]
     mask = inputs[-1]  # where there is one
 
-    def reader(source):
-        return lambda batch, token, head, d: inputs[source.tensor][batch, token, source.first + head, d]
+    def reader(source, heads_first):
+        def read(batch, token, head, d):
+            head = source.first + head
+            return inputs[source.tensor][(batch, head, token, d) if heads_first else (batch, token, head, d)]
 
-    queries, keys, values = map(reader, a.sources)
+        return read
+
+    queries, keys, values = map(reader, a.sources, (False, a.heads_first, a.heads_first))
     sharing = a.heads // a.key_heads
     per_query, per_key = (a.batch, a.heads, a.query_count), (a.batch, a.heads, a.query_count, a.key_count)
     minus_infinity = tirx.const(-math.inf, "float32")
@@ -125,6 +130,7 @@ def define_attention(attention):
         "is_causal": a.is_causal,
         "key_heads": a.key_heads,
         "sources": [list(source) for source in a.sources],
+        **({"heads_first": True} if a.heads_first else {}),
     }
     return te.create_prim_func([*inputs, result]).with_attrs({ATTRIBUTE: parameters, "op_pattern": OPAQUE})
 
@@ -140,11 +146,12 @@ def read_attention(module):
     ]
     sources = tuple(Source(*map(int, source)) for source in parameters["sources"])
     (batch, query_count, heads, head_dim), dtype = result
+    heads_first = bool(parameters.get("heads_first", False))
     has_mask = len(inputs) > 1 + max(source.tensor for source in sources)
     return Attention(
         batch,
         query_count,
-        inputs[sources[1].tensor][0][1],
+        inputs[sources[1].tensor][0][2 if heads_first else 1],
         heads,
         int(parameters["key_heads"]),
         head_dim,
@@ -153,6 +160,7 @@ def read_attention(module):
         bool(parameters["is_causal"]),
         *(inputs[-1] if has_mask else (None, None)),
         sources,
+        heads_first,
     )
 
 

@@ -7,14 +7,16 @@ the task's signature and is scheduled. It raises ValueError where there is none.
 """
 
 from tvm_items.target import compute_capability, max_shared_bytes
-from tvm_items.templates.attention_kernels import attention_template
+from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
+from tvm_items.templates.gemv import GemvTemplate, is_gemv
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
 from tvm_items.templates.wgmma import WgmmaTemplate
 
 FIRST_TEMPLATE = 100
 MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
+MIN_MMA_ROWS, MIN_WGMMA_ROWS = 2, 8  # with fewer, nearly all that tensor cores do is padding: 16 rows, or 64
 HOPPER = "90"  # no other compute capability has wgmma
 
 
@@ -25,11 +27,14 @@ def find_templates(module, target):
     limit = max_shared_bytes(target)
     attention = read_attention(module)
     if attention is not None:
-        return [attention_template(attention, limit)]
+        return attention_templates(attention, limit)
     task = find_product_task(module)
-    if task is None or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
+    if task is None:
         return []
-    templates = [MmaTemplate(task, limit)]
-    if compute_capability(target) == HOPPER and task.dtype != "float32":
+    templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
+    if task.rows.extent < MIN_MMA_ROWS or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
+        return templates
+    templates.append(MmaTemplate(task, limit))
+    if compute_capability(target) == HOPPER and task.dtype != "float32" and task.rows.extent >= MIN_WGMMA_ROWS:
         templates.append(WgmmaTemplate(task, limit))
     return templates

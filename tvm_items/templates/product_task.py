@@ -21,7 +21,7 @@ from tvm_items.templates.expressions import (
 )
 
 ALLOW_TF32 = "allow_tf32"  # an attribute of a task's function: whether operands in fp32 may be rounded to TF32
-MIN_ROWS, MIN_COLUMNS, MIN_TERMS = 8, 8, 16  # with fewer, most of what tensor cores do is padding
+MIN_COLUMNS, MIN_TERMS = 8, 16  # with fewer there is little to multiply
 MAX_BATCH = 65535  # of a launch's second dimension (CUDA C++ Programming Guide, compute capabilities)
 MAX_ELEMENTS = 2**31 - 1  # of a parameter: indices have 32 bits
 
@@ -129,7 +129,7 @@ def find_product_task(module):
     shape = buffer_shape(store.buffer)
     if contiguous_run(indices, shape, *rows.innermost()) > contiguous_run(indices, shape, *columns.innermost()):
         rows, columns, factors = columns, rows, factors[::-1]
-    if rows.extent < MIN_ROWS or columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
+    if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
         return None
     parameters = list(schedule.mod["main"].params)
     if batch.extent > MAX_BATCH or any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):

@@ -1,0 +1,225 @@
+"""Attention of one query over a long cache as CUDA kernels, without tensor cores: the context is split over blocks.
+
+Flash-decoding (Dao and others, 2023): the first kernel gives for each part of the context the sums of values with their
+largest score and total, as flash attention keeps them, and the second one joins the parts. A few lanes of a warp share
+a key: each has 16 bytes of it, and of the queries, values and sums as many elements.
+"""
+
+import math
+
+from tvm_items.target import WARP_THREADS
+from tvm_items.templates.attention_task import LOG2_E, kernel_function
+
+VECTOR_BYTES = 16  # of a load
+ALL_LANES = 0xFFFFFFFF
+LOWEST = -1e30  # what stands for the largest score until there is one: finite, as -inf - -inf is NaN
+
+
+def vector(attention):
+    """Returns how many elements a load has."""
+    return VECTOR_BYTES // (4 if attention.dtype == "float32" else 2)
+
+
+def is_decode(attention):
+    """Returns whether decode_kernel() can compute an Attention."""
+    lanes = attention.head_dim // vector(attention)
+    return (
+        attention.heads_first
+        and attention.query_count == 1
+        and not attention.is_causal
+        and attention.head_dim % vector(attention) == 0
+        and lanes & (lanes - 1) == 0
+        and lanes <= WARP_THREADS
+    )
+
+
+def decode_resources(attention, warps, group, part, keys):
+    """Returns what a block of the first kernel needs: (threads, registers of a thread, bytes of shared memory).
+
+    The registers are an estimate: queries and sums, scores, keys or values on their way, and 40 for all else.
+    """
+    size = vector(attention)
+    registers = 2 * group * size + group * (keys + 3) + keys * VECTOR_BYTES // 4 + size + 40
+    return warps * WARP_THREADS, registers, warps * group * (attention.head_dim + 2) * 4
+
+
+def decode_kernel(attention, warps, group, part, keys):
+    """Returns the scheduled TIR function of an Attention that is_decode(), of define_attention()'s signature.
+
+    warps: of a block. group: heads of queries of a block, which share their keys and values. part: keys of a block.
+    keys: that a few lanes have on their way at once.
+    """
+    from tvm.script import tirx as T
+
+    a = attention
+    size, sharing = vector(a), a.heads // a.key_heads
+    lanes = a.head_dim // size  # that share a key
+    threads = warps * WARP_THREADS
+    rows = threads // lanes  # keys of a step, but for `keys` of each
+    parts = -(-a.key_count // part)
+    steps = -(-part // (rows * keys))
+    groups = a.heads // group
+    first_query, first_key, first_value = (source.first for source in a.sources)
+    largest_at = warps * group * a.head_dim
+    totals_at = largest_at + warps * group
+    key_shuffles, row_shuffles = lanes.bit_length() - 1, (WARP_THREADS // lanes).bit_length() - 1
+    is_whole = part % (rows * keys) == 0 and a.key_count % part == 0
+
+    def in_part(step, k, row):  # the number of a key
+        return (step * keys + k) * rows + row
+
+    def nearest(number, step, k, row):  # the key's place in the context, or the last one's for those behind it
+        return T.min(number * part + in_part(step, k, row), a.key_count - 1)
+
+    def visible(score, mask, number, step, k, row, batch, head):
+        if a.mask_shape is not None:
+            indices = (batch, head, 0, nearest(number, step, k, row))
+            at = mask[tuple(i if extent > 1 else 0 for i, extent in zip(indices, a.mask_shape))]
+            if a.mask_dtype == "bool":
+                score = T.if_then_else(at, score, T.float32(-math.inf))
+            else:
+                score = score + T.Cast("float32", at) * T.float32(LOG2_E)
+        if is_whole:
+            return score
+        is_in = T.And(in_part(step, k, row) < part, number * part + in_part(step, k, row) < a.key_count)
+        return T.Select(is_in, score, T.float32(-math.inf))
+
+    @T.inline
+    def compute(queries, cached_keys, cached_values, mask, result):
+        sums_of_parts = T.alloc_buffer((a.batch, a.heads, parts, a.head_dim), "float32", scope="global")
+        largest_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
+        totals_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
+        with T.launch_thread("blockIdx.x", a.batch * groups * parts) as block:
+            thread = T.launch_thread("threadIdx.x", threads)
+            shared = T.alloc_buffer((totals_at + warps * group,), "float32", scope="shared.dyn", align=128)
+            query = T.alloc_local((group * size,), "float32")
+            sums = T.alloc_local((group * size,), "float32")
+            loaded = T.alloc_local((keys * size,), a.dtype)
+            scores = T.alloc_local((keys * group,), "float32")
+            largest = T.alloc_local((group,), "float32")
+            before = T.alloc_local((group,), "float32")
+            totals = T.alloc_local((group,), "float32")
+            joined = T.alloc_local((2,), "float32")
+            number: T.let = block % parts
+            head: T.let = block // parts % groups * group
+            batch: T.let = block // (parts * groups)
+            lane: T.let = thread % lanes
+            row: T.let = thread // lanes
+
+            @T.inline
+            def load(source, first, step):
+                for k in T.unroll(keys):
+                    for e in T.vectorized(size):
+                        loaded[k * size + e] = source[
+                            batch, first + head // sharing, nearest(number, step, k, row), lane * size + e
+                        ]
+
+            @T.inline
+            def scale_by(h):  # what was summed with another largest score
+                totals[h] = totals[h] * before[h]
+                for e in T.unroll(size):
+                    sums[h * size + e] = sums[h * size + e] * before[h]
+
+            for h in T.unroll(group):
+                largest[h] = T.float32(LOWEST)
+                totals[h] = T.float32(0)
+                for e in T.unroll(size):
+                    sums[h * size + e] = T.float32(0)
+                    query[h * size + e] = T.Cast(
+                        "float32", queries[batch, 0, first_query + head + h, lane * size + e]
+                    ) * T.float32(a.scale * LOG2_E)
+            for step in T.serial(steps):
+                load(cached_keys, first_key, step)
+                for k in T.unroll(keys):
+                    for h in T.unroll(group):
+                        scores[k * group + h] = T.float32(0)
+                        for e in T.unroll(size):
+                            scores[k * group + h] = scores[k * group + h] + query[h * size + e] * T.Cast(
+                                "float32", loaded[k * size + e]
+                            )
+                load(cached_values, first_value, step)
+                for k in T.unroll(keys):
+                    for h in T.unroll(group):
+                        for i in T.unroll(key_shuffles):
+                            scores[k * group + h] = scores[k * group + h] + T.tvm_warp_shuffle_xor(
+                                T.uint32(ALL_LANES), scores[k * group + h], 1 << i, WARP_THREADS, WARP_THREADS
+                            )
+                        scores[k * group + h] = visible(
+                            scores[k * group + h], mask, number, step, k, row, batch, head + h
+                        )
+                for h in T.unroll(group):
+                    before[h] = largest[h]
+                    for k in T.unroll(keys):
+                        largest[h] = T.max(largest[h], scores[k * group + h])
+                    before[h] = T.exp2(before[h] - largest[h])
+                    scale_by(h)
+                    for k in T.unroll(keys):
+                        scores[k * group + h] = T.exp2(scores[k * group + h] - largest[h])
+                        totals[h] = totals[h] + scores[k * group + h]
+                        for e in T.unroll(size):
+                            sums[h * size + e] = sums[h * size + e] + scores[k * group + h] * T.Cast(
+                                "float32", loaded[k * size + e]
+                            )
+            # The keys of a warp, then those of a block.
+            for h in T.unroll(group):
+                before[h] = largest[h]
+                for i in T.unroll(row_shuffles):
+                    largest[h] = T.max(
+                        largest[h],
+                        T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), largest[h], lanes << i, WARP_THREADS, WARP_THREADS),
+                    )
+                before[h] = T.exp2(before[h] - largest[h])
+                scale_by(h)
+                for i in T.unroll(row_shuffles):
+                    totals[h] = totals[h] + T.tvm_warp_shuffle_xor(
+                        T.uint32(ALL_LANES), totals[h], lanes << i, WARP_THREADS, WARP_THREADS
+                    )
+                    for e in T.unroll(size):
+                        sums[h * size + e] = sums[h * size + e] + T.tvm_warp_shuffle_xor(
+                            T.uint32(ALL_LANES), sums[h * size + e], lanes << i, WARP_THREADS, WARP_THREADS
+                        )
+                if thread % WARP_THREADS < lanes:
+                    for e in T.unroll(size):
+                        shared[(thread // WARP_THREADS * group + h) * a.head_dim + lane * size + e] = sums[h * size + e]
+                    if lane == 0:
+                        shared[largest_at + thread // WARP_THREADS * group + h] = largest[h]
+                        shared[totals_at + thread // WARP_THREADS * group + h] = totals[h]
+            T.cuda.cta_sync()
+            for i in T.serial(-(-group * a.head_dim // threads)):
+                if i * threads + thread < group * a.head_dim:
+                    h: T.let = (i * threads + thread) // a.head_dim
+                    d: T.let = (i * threads + thread) % a.head_dim
+                    before[0] = T.float32(LOWEST)
+                    for w in T.unroll(warps):
+                        before[0] = T.max(before[0], shared[largest_at + w * group + h])
+                    joined[0] = T.float32(0)
+                    joined[1] = T.float32(0)
+                    for w in T.unroll(warps):
+                        joined[0] = joined[0] + shared[(w * group + h) * a.head_dim + d] * T.exp2(
+                            shared[largest_at + w * group + h] - before[0]
+                        )
+                        joined[1] = joined[1] + shared[totals_at + w * group + h] * T.exp2(
+                            shared[largest_at + w * group + h] - before[0]
+                        )
+                    sums_of_parts[batch, head + h, number, d] = joined[0]
+                    if d == 0:
+                        largest_of_parts[batch, head + h, number] = before[0]
+                        totals_of_parts[batch, head + h, number] = joined[1]
+        with T.launch_thread("blockIdx.x", a.batch * a.heads) as of_head:
+            d = T.launch_thread("threadIdx.x", a.head_dim)
+            state = T.alloc_local((3,), "float32")
+            state[0] = T.float32(LOWEST)
+            state[1] = T.float32(0)
+            state[2] = T.float32(0)
+            for p in T.serial(parts):
+                state[0] = T.max(state[0], largest_of_parts[of_head // a.heads, of_head % a.heads, p])
+            for p in T.serial(parts):
+                weight: T.let = T.exp2(largest_of_parts[of_head // a.heads, of_head % a.heads, p] - state[0])
+                state[1] = state[1] + weight * totals_of_parts[of_head // a.heads, of_head % a.heads, p]
+                state[2] = state[2] + weight * sums_of_parts[of_head // a.heads, of_head % a.heads, p, d]
+            # Of a query that sees no key the total is 0, and so are its sums.
+            result[of_head // a.heads, 0, of_head % a.heads, d] = T.Cast(
+                a.dtype, state[2] / T.max(state[1], T.float32(1e-30))
+            )
+
+    return kernel_function(attention, compute)

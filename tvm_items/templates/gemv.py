@@ -1,0 +1,208 @@
+"""A template for products with a few rows, as a decode step has them: what they take is the time to read the weights.
+
+No tensor cores. A thread reads 16 bytes of the weights at a time, neighbouring columns of one term, and multiplies them
+by the rows' elements of that term. Threads side by side in the columns form a slice; the slices of a block have other
+terms each, and what they have summed is added up at the end, by shuffles and through shared memory.
+"""
+
+import dataclasses
+
+from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.epilogue import output_vector, store_outputs
+from tvm_items.templates.expressions import zero
+from tvm_items.templates.product_module import make_module, parts_fit, steps_of_part
+from tvm_items.templates.product_task import ProductTask
+
+MAX_ROWS = 8  # with more, tensor cores and padding take less
+MIN_VECTOR_BYTES = 4  # of a load
+MAX_SUMS_OF_A_THREAD = 64
+ALL_LANES = 0xFFFFFFFF
+
+# The options of each parameter.
+COLUMN_THREADS = (2, 4, 8, 16, 32)  # of a slice
+SLICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+AHEAD = (1, 2, 4, 8)  # loads of a thread that are under way at once
+PARTS = (1, 2, 3, 4, 6, 8)  # of each sum, in blocks of their own
+PARAMETERS = (COLUMN_THREADS, SLICES, AHEAD, PARTS)
+
+
+def is_gemv(task):
+    """Returns whether the template has kernels for a ProductTask: few rows, and a weight with columns side by side."""
+    right, element_bytes = task.right, 4 if task.dtype == "float32" else 2
+    is_plain = right.condition is None and task.left.condition is None and not right.along_terms
+    return task.rows.extent <= MAX_ROWS and is_plain and right.vector * element_bytes >= MIN_VECTOR_BYTES
+
+
+@dataclasses.dataclass
+class GemvTemplate:
+    """The kernels of a task that differ in their parameters."""
+
+    number = 102  # among a task's design spaces: see find.py
+
+    task: ProductTask
+    max_shared_bytes: int  # of a block
+
+    @property
+    def choices(self):
+        """The number of options of each parameter."""
+        return [len(options) for options in PARAMETERS]
+
+    def read(self, decisions):
+        """Returns the values of the parameters."""
+        return [options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)]
+
+    def fits(self, decisions):
+        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
+        column_threads, slices, ahead, parts = self.read(decisions)
+        task, threads = self.task, column_threads * slices
+        steps = -(-task.terms.extent // (slices * ahead))
+        if threads % WARP_THREADS or threads > MAX_BLOCK_THREADS:
+            return False
+        if task.rows.extent * task.right.vector > MAX_SUMS_OF_A_THREAD or slices * ahead > task.terms.extent:
+            return False
+        is_wide = column_threads > COLUMN_THREADS[0] and column_threads * task.right.vector >= 2 * task.columns.extent
+        shared_bytes = threads * task.rows.extent * task.right.vector * 4 // (WARP_THREADS // column_threads)
+        return not is_wide and shared_bytes <= self.max_shared_bytes and parts_fit(task, steps, parts)
+
+    def realize(self, decisions):
+        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
+        if not self.fits(decisions):
+            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
+        parameters = self.read(decisions)
+        kernel = Kernel(self.task, *parameters)
+        return make_module(self.task, parameters[-1], kernel.emit)
+
+
+class Kernel:
+    """One kernel while it is emitted."""
+
+    def __init__(self, task, column_threads, slices, ahead, parts):
+        self.task, self.column_threads, self.slices, self.ahead, self.parts = task, column_threads, slices, ahead, parts
+        self.rows, self.vector = task.rows.extent, task.right.vector
+        self.threads = column_threads * slices
+        self.columns = column_threads * self.vector  # of a block
+        self.steps = -(-task.terms.extent // (slices * ahead))
+
+    def emit(self, buffers, partial):
+        """Emits the launch; buffers, partial: make_module()'s."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        task = self.task
+        with (
+            build.launch_thread("blockIdx.x", -(-task.columns.extent // self.columns)) as tile,
+            build.launch_thread("blockIdx.y", task.batch.extent) as batch,
+            build.launch_thread("blockIdx.z", self.parts) as part,
+            build.launch_thread("threadIdx.x", self.threads) as thread,
+        ):
+            first_column = build.Bind(tile * self.columns)
+            sums = build.alloc_buffer((self.rows * self.vector,), "float32", scope="local")
+            with build.unroll(self.rows * self.vector) as i:
+                build.buffer_store(sums, tirx.const(0, "float32"), [i])
+            self.emit_steps(buffers, batch, part, thread, first_column, sums)
+            self.emit_shuffles(sums)
+
+            def store(row, column, values):
+                self.store(buffers, partial, part, batch, row, first_column + column, values)
+
+            if self.threads == WARP_THREADS:
+                with build.If(thread < self.column_threads), build.Then():
+                    for row in range(self.rows):
+                        first = row * self.vector
+                        values = [sums[first + e] for e in range(self.vector)]
+                        store(zero() + row, thread * self.vector, values)
+            else:
+                self.emit_sums_of_warps(thread, sums, store)
+
+    def emit_steps(self, buffers, batch, part, thread, first_column, sums):
+        """Emits the loop over a slice's terms."""
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as build
+
+        task, ahead, vector = self.task, self.ahead, self.vector
+        is_cut = task.terms.extent % (self.slices * ahead) != 0
+        column = first_column + thread % self.column_threads * vector
+        if task.columns.extent % self.columns:
+            column = tirx.Min(column, task.columns.extent - vector)
+        column, slice_ = build.Bind(column), build.Bind(thread // self.column_threads)
+        loaded = build.alloc_buffer((ahead * vector,), task.dtype, scope="local")
+        first_step, count = steps_of_part(self.steps, self.parts, part)
+        with build.serial(count) as step:
+            terms = [((first_step + step) * ahead + i) * self.slices + slice_ for i in range(ahead)]
+            inside = [tirx.Min(term, task.terms.extent - 1) if is_cut else term for term in terms]
+            for i, term in enumerate(inside):
+                with build.vectorized(vector) as j:
+                    load, _ = task.right.access(buffers, batch, column + j, term)
+                    build.buffer_store(loaded, load, [i * vector + j])
+            for i, (term, all_terms) in enumerate(zip(inside, terms)):
+                for row in range(self.rows):
+                    load, _ = task.left.access(buffers, batch, zero() + row, term)
+                    factor = load.astype("float32")
+                    if is_cut:
+                        factor = tirx.Select(all_terms < task.terms.extent, factor, tirx.const(0, "float32"))
+                    factor = build.Bind(factor)
+                    for e in range(vector):
+                        at = row * vector + e
+                        product = factor * loaded[i * vector + e].astype("float32")
+                        build.buffer_store(sums, sums[at] + product, [at])
+
+    def emit_shuffles(self, sums):
+        """Emits the addition of what the slices in a warp have summed; all of its lanes have the totals then."""
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        distance = self.column_threads
+        while distance < WARP_THREADS:
+            for i in range(self.rows * self.vector):
+                other = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), sums[i], distance, WARP_THREADS, WARP_THREADS)
+                build.buffer_store(sums, sums[i] + other, [i])
+            distance *= 2
+
+    def emit_sums_of_warps(self, thread, sums, store):
+        """Emits the addition of what the warps of a block have, through shared memory, and store() of the totals."""
+        from tvm import tirx
+        from tvm.script import tirx as T
+        from tvm.tirx.script.builder import ir as build
+
+        warps, tile = self.threads // WARP_THREADS, self.rows * self.columns
+        shared = build.alloc_buffer((warps * tile,), "float32", scope="shared.dyn", align=128)
+        lane, warp = build.Bind(thread % WARP_THREADS), build.Bind(thread // WARP_THREADS)
+        with build.If(lane < self.column_threads), build.Then():
+            for i in range(self.rows * self.vector):
+                row, e = divmod(i, self.vector)
+                build.buffer_store(shared, sums[i], [warp * tile + row * self.columns + lane * self.vector + e])
+        build.evaluate(T.cuda.cta_sync())
+        vectors = self.rows * self.column_threads
+        for first in range(0, vectors, self.threads):
+            number = first + thread
+            with build.If(number < vectors), build.Then():
+                row, column = number // self.column_threads, number % self.column_threads * self.vector
+                totals = build.alloc_buffer((self.vector,), "float32", scope="local")
+                for e in range(self.vector):
+                    total = tirx.const(0, "float32")
+                    for w in range(warps):
+                        total = total + shared[w * tile + row * self.columns + column + e]
+                    build.buffer_store(totals, total, [e])
+                store(row, column, [totals[e] for e in range(self.vector)])
+
+    def store(self, buffers, partial, part, batch, row, column, values):
+        """Emits what becomes of a row's sums at neighbouring columns, where these are inside the output."""
+        from tvm.tirx.script.builder import ir as build
+
+        task = self.task
+
+        def write():
+            if partial is not None:
+                place = ((part * task.batch.extent + batch) * self.rows + row) * task.columns.extent + column
+                for e, value in enumerate(values):
+                    build.buffer_store(partial, value, [place + e])
+                return
+            width = min(output_vector(task), self.vector)
+            for e in range(0, self.vector, width):
+                store_outputs(task, buffers, batch, row, column + e, values[e : e + width])
+
+        if task.columns.extent % self.columns:
+            with build.If(column < task.columns.extent), build.Then():
+                write()
+        else:
+            write()
