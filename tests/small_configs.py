@@ -32,6 +32,8 @@ SIZES = (
     Size("widths / 8", divisor=8, images=True),
     Size("widths / 8, images as they are", divisor=8),
     Size("widths and heads / 8", divisor=8, heads=True, images=True),
+    Size("widths / 8, all layers", divisor=8, images=True, depth=False),
+    Size("widths / 8, vocabulary as it is", divisor=8, images=True, counts=False),
     Size("widths / 2", divisor=2, images=True),
     Size("depth and vocabulary"),
     Size("depth", counts=False),
@@ -43,7 +45,9 @@ DEPTH = re.compile(r"(^|_)(layers?|blocks|depth)$")
 NOT_DEPTH = re.compile(
     r"conv_|feat|scale|sampling|lstm|stage|random|top_?k|local|initial|mem_|^(min|max)_depth$|interval|every|per_token"
 )
-PART_OF_DEPTH = re.compile(r"shared|dense|sparse|first|last|window|skip|predict|replace|layer_(id|start|end)|insert")
+PART_OF_DEPTH = re.compile(
+    r"shared|dense|sparse|first|last|window|skip|predict|replace|layer_(id|start|end)|insert|^merge_index$"
+)
 DEPTHS = re.compile(r"depths$|blocks$|block_repeats$|blocks_per_stage$|block_sizes$|(^|_)layers$|repeats$")
 LAYERS = re.compile(r"indices|indexes|idxs|layer_ids|hook_ids|_layers$|attention_blocks$")
 WIDTH = re.compile(
@@ -72,8 +76,15 @@ COMPLETIONS = {
     "n_routed_experts": lambda fields: 8,
     "n_shared_experts": lambda fields: 1,
     "layer_types": lambda fields: ["full_attention"] * fields["num_hidden_layers"],
+    "mlp_layer_types": lambda fields: ["dense"] + ["sparse"] * (fields["num_hidden_layers"] - 1),
+    "sliding_window": lambda fields: 16 if "sliding_attention" in fields["layer_types"] else None,
     "vocabulary_map": lambda fields: {},
     "num_experts_per_tok": lambda fields: 2,
+    "num_experts": lambda fields: 8 if fields["enable_moe_block"] or fields["top_k_experts"] else None,
+    "indexer_compress_ratio": lambda fields: 4,
+    "indexer_budget": lambda fields: 16,
+    "class_thresholds": lambda fields: [0.5] * len(fields["id2label"]),
+    "projector_scale_factors": lambda fields: [1.0],
     "vocab_size": lambda fields: 32,
     "prediction_length": lambda fields: 24,
     "num_time_features": lambda fields: 2,
@@ -86,6 +97,7 @@ JOINED = {
     "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
     "speech-encoder-decoder": {"encoder": "wav2vec2", "decoder": "bert"},
     "vision-text-dual-encoder": {"vision_config": "vit", "text_config": "bert"},
+    "granite4_vision": {"text_config": "granite4_vision_text"},
     "nougat": {"encoder": "donut-swin", "decoder": "mbart"},
     "musicgen": {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"},
     "musicgen_melody": {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_melody_decoder"},
@@ -137,7 +149,7 @@ def complete(fields):
         fields["num_time_features"] = None
         fields.pop("feature_size", None)
     for name, find in COMPLETIONS.items():
-        if fields.get(name, "") is None:
+        if fields.get(name, "") in (None, [], ()):
             with contextlib.suppress(KeyError, TypeError):
                 fields[name] = find(fields)
 
@@ -231,7 +243,7 @@ def is_depth(name, value):
 
 def is_part_of_depth(name):
     """Returns whether a field says how many of the layers, or from which on, are of a kind."""
-    return isinstance(name, str) and PART_OF_DEPTH.search(name) and re.search("layer|dense", name)
+    return isinstance(name, str) and PART_OF_DEPTH.search(name) and re.search("layer|dense|merge", name)
 
 
 def first_of_each_kind(depth, lists):
