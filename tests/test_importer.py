@@ -180,7 +180,7 @@ def test_half_precision_operators_keep_their_dtype(dtype):
 
 
 def test_what_detectors_and_caches_are_made_of():
-    """Reading between pixels, the largest so far, empty parts, a mask of rows, sizes among the outputs."""
+    """Reading between pixels, products of booleans, the largest so far, empty parts, a mask of rows, sizes among the outputs."""
 
     class Awkward(torch.nn.Module):
         def __init__(self):
@@ -194,7 +194,13 @@ def test_what_detectors_and_caches_are_made_of():
             row = torch.arange(4.0)
             grown[pixel_values[..., 0] > 0] = row
             downwards = torch.arange(3, -1, -1.0, dtype=torch.long)
-            return read, grown, pixel_values.cummax(-1).values + pixel_values.cummin(1).values + downwards, 5
+            both = (pixel_values > 0) * (pixel_values < 1)
+            return (
+                read,
+                grown + both[:, :, :1],
+                pixel_values.cummax(-1).values + pixel_values.cummin(1).values + downwards,
+                5,
+            )
 
     torch.manual_seed(0)
     model, inputs = Awkward(), {"pixel_values": torch.randn(2, 3, 5, 4)}

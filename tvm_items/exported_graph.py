@@ -113,6 +113,14 @@ def count_upwards(graph):
         graph.erase_node(node)
 
 
+def combine_booleans(graph):
+    """Makes products and sums of booleans what they are, in place: TVM's code generator knows those of numbers only."""
+    for target, logical in ((aten.mul.Tensor, aten.logical_and.default), (aten.add.Tensor, aten.logical_or.default)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node.meta["val"].dtype == torch.bool and all(isinstance(arg, torch.fx.Node) for arg in node.args):
+                node.target = logical
+
+
 def drop_empty_parts(graph):
     """Drops tensors without an element, and without the others' axes, from concatenations, in place.
 

@@ -11,6 +11,7 @@ from tvm_items.attention import SDPA, convert_attention, decompose_attention
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     clamp_integers_at_both_ends,
+    combine_booleans,
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
@@ -98,6 +99,7 @@ def import_to_relax(exported):
     sort_largest(exported.graph)
     sort_plainly(exported.graph)
     count_upwards(exported.graph)
+    combine_booleans(exported.graph)
     drop_empty_parts(exported.graph)
     drop_numbers_from_output(exported)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
