@@ -32,11 +32,11 @@ SIZES = (
     Size("widths / 8", divisor=8, images=True),
     Size("widths / 8, images as they are", divisor=8),
     Size("widths and heads / 8", divisor=8, heads=True, images=True),
-    Size("widths / 8, all layers", divisor=8, images=True, depth=False),
-    Size("widths / 8, vocabulary as it is", divisor=8, images=True, counts=False),
     Size("widths / 2", divisor=2, images=True),
     Size("depth and vocabulary"),
     Size("depth", counts=False),
+    Size("widths / 8, all layers", divisor=8, images=True, depth=False),
+    Size("widths / 8, vocabulary as it is", divisor=8, images=True, counts=False),
     Size("default", counts=False, depth=False),
 )
 
@@ -77,19 +77,20 @@ COMPLETIONS = {
     "n_shared_experts": lambda fields: 1,
     "layer_types": lambda fields: ["full_attention"] * fields["num_hidden_layers"],
     "mlp_layer_types": lambda fields: ["dense"] + ["sparse"] * (fields["num_hidden_layers"] - 1),
-    "sliding_window": lambda fields: 16 if "sliding_attention" in fields["layer_types"] else None,
+    "sliding_window": lambda fields: 16 if fields["num_sliding_attention_heads"] else None,
     "vocabulary_map": lambda fields: {},
     "num_experts_per_tok": lambda fields: 2,
-    "num_experts": lambda fields: 8 if fields["enable_moe_block"] or fields["top_k_experts"] else None,
-    "indexer_compress_ratio": lambda fields: 4,
-    "indexer_budget": lambda fields: 16,
-    "class_thresholds": lambda fields: [0.5] * len(fields["id2label"]),
-    "projector_scale_factors": lambda fields: [1.0],
     "vocab_size": lambda fields: 32,
+    "clip_qkv": lambda fields: 8.0 if fields["kv_n_heads"] else None,
     "prediction_length": lambda fields: 24,
     "num_time_features": lambda fields: 2,
     "image_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
     "video_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
+}
+# What some config classes lack though their models read it: the field beside which it stands, and its value.
+MISSING = {
+    "num_key_value_heads": ("head_dim", lambda fields: fields["num_attention_heads"]),
+    "rope_theta": ("kv_n_heads", lambda fields: 10_000.0),
 }
 # Model types that join two others, which their config class leaves to the user.
 JOINED = {
@@ -97,7 +98,6 @@ JOINED = {
     "vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"},
     "speech-encoder-decoder": {"encoder": "wav2vec2", "decoder": "bert"},
     "vision-text-dual-encoder": {"vision_config": "vit", "text_config": "bert"},
-    "granite4_vision": {"text_config": "granite4_vision_text"},
     "nougat": {"encoder": "donut-swin", "decoder": "mbart"},
     "musicgen": {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"},
     "musicgen_melody": {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_melody_decoder"},
@@ -148,8 +148,12 @@ def complete(fields):
     if fields.get("num_time_features") == 0:  # an input without any values, and what is computed from that
         fields["num_time_features"] = None
         fields.pop("feature_size", None)
+    for name, (beside, find) in MISSING.items():
+        if name not in fields and beside in fields:
+            with contextlib.suppress(KeyError):
+                fields[name] = find(fields)
     for name, find in COMPLETIONS.items():
-        if fields.get(name, "") in (None, [], ()):
+        if fields.get(name, "") is None:
             with contextlib.suppress(KeyError, TypeError):
                 fields[name] = find(fields)
 

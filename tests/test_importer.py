@@ -180,7 +180,7 @@ def test_half_precision_operators_keep_their_dtype(dtype):
 
 
 def test_what_detectors_and_caches_are_made_of():
-    """Reading between pixels, products of booleans, the largest so far, empty parts, a mask of rows, sizes as outputs."""
+    """Reading between pixels, products of booleans, the largest so far, empty parts, masks of rows, sizes as output."""
 
     class Awkward(torch.nn.Module):
         def __init__(self):
