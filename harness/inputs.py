@@ -13,6 +13,8 @@ from harness.signature import find_field, forward_parameters
 
 CHANGED_SEED = SEED + 1  # of the inputs that an item gets once it was timed
 CHARACTERS = 256  # that a model without a vocabulary is fed: it reads code points or bytes
+# What only says how the other inputs are laid out: it is the same whatever the seed.
+LAYOUT = ("grid_thw", "spatial_shapes", "merge_sizes", "pixel_position_ids", "lang_ids")
 PAGE = 1000  # what layout models divide a page's width and height into
 
 

@@ -194,7 +194,10 @@ def image_shape(case):
         frames = VIDEO_FRAMES
     # Models that match two images say what they take when they are given something else.
     pair = () if "(batch_size, 2, num_channels, height, width)" not in family_source(case) else (2,)
-    return (case.batch_size, *pair, *((frames,) if frames else ()), channel_count(config), *image_size(case))
+    height, width = image_size(case)
+    if "prompt_pixel_values" in parameters and case.image_size is None:  # the prompt's image and the other, in one
+        height = height // 2 if height == 2 * width else height
+    return (case.batch_size, *pair, *((frames,) if frames else ()), channel_count(config), height, width)
 
 
 def video_shape(case):

@@ -7,6 +7,7 @@ import math
 import os
 
 import torch
+from transformers import PretrainedConfig
 
 from harness.case import SEED
 from harness.check import output_arrays, relative_error
@@ -14,7 +15,6 @@ from harness.checkpoints import load_pretrained, load_state
 from harness.decode import DecodeStep, make_step_inputs
 from harness.errors import UserError, one_line
 from harness.inputs import make_inputs
-from harness.shapes import text_config
 from harness.untrusted import without_hub
 
 # Random weights by which a small relative change of the inputs grows more than this are not what training gives.
@@ -70,10 +70,17 @@ def inputs_on_device(case, dtype):
     }
 
 
+def turn_off_caches(config):
+    """Makes a config, and those in it, ask for named outputs without the keys and values for the next token."""
+    config.return_dict, config.use_cache = True, False
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            turn_off_caches(part)
+
+
 def load_model(case):
     """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients."""
-    for config in (case.config, text_config(case), case.config.get_text_config(decoder=True)):
-        config.return_dict, config.use_cache = True, False
+    turn_off_caches(case.config)
     torch.manual_seed(SEED)  # a head that a checkpoint may lack
     if case.weights_dir:
         model = load_pretrained(case.model_class, case.config, case.weights_dir)

@@ -35,6 +35,8 @@ SIZES = (
     Size("widths / 2", divisor=2, images=True),
     Size("depth and vocabulary"),
     Size("depth", counts=False),
+    Size("widths / 8, all layers", divisor=8, images=True, depth=False),
+    Size("widths / 8, vocabulary as it is", divisor=8, images=True, counts=False),
     Size("default", counts=False, depth=False),
 )
 
@@ -43,7 +45,9 @@ DEPTH = re.compile(r"(^|_)(layers?|blocks|depth)$")
 NOT_DEPTH = re.compile(
     r"conv_|feat|scale|sampling|lstm|stage|random|top_?k|local|initial|mem_|^(min|max)_depth$|interval|every|per_token"
 )
-PART_OF_DEPTH = re.compile(r"shared|dense|sparse|first|last|window|skip|predict|replace|layer_(id|start|end)|insert")
+PART_OF_DEPTH = re.compile(
+    r"shared|dense|sparse|first|last|window|skip|predict|replace|layer_(id|start|end)|insert|^merge_index$"
+)
 DEPTHS = re.compile(r"depths$|blocks$|block_repeats$|blocks_per_stage$|block_sizes$|(^|_)layers$|repeats$")
 LAYERS = re.compile(r"indices|indexes|idxs|layer_ids|hook_ids|_layers$|attention_blocks$")
 WIDTH = re.compile(
@@ -72,13 +76,21 @@ COMPLETIONS = {
     "n_routed_experts": lambda fields: 8,
     "n_shared_experts": lambda fields: 1,
     "layer_types": lambda fields: ["full_attention"] * fields["num_hidden_layers"],
+    "mlp_layer_types": lambda fields: ["dense"] + ["sparse"] * (fields["num_hidden_layers"] - 1),
+    "sliding_window": lambda fields: 16 if fields["num_sliding_attention_heads"] else None,
     "vocabulary_map": lambda fields: {},
     "num_experts_per_tok": lambda fields: 2,
     "vocab_size": lambda fields: 32,
+    "clip_qkv": lambda fields: 8.0 if fields["kv_n_heads"] else None,
     "prediction_length": lambda fields: 24,
     "num_time_features": lambda fields: 2,
     "image_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
     "video_token_index": lambda fields: 3 if fields["num_query_tokens"] else None,
+}
+# What some config classes lack though their models read it: the field beside which it stands, and its value.
+MISSING = {
+    "num_key_value_heads": ("head_dim", lambda fields: fields["num_attention_heads"]),
+    "rope_theta": ("kv_n_heads", lambda fields: 10_000.0),
 }
 # Model types that join two others, which their config class leaves to the user.
 JOINED = {
@@ -136,6 +148,10 @@ def complete(fields):
     if fields.get("num_time_features") == 0:  # an input without any values, and what is computed from that
         fields["num_time_features"] = None
         fields.pop("feature_size", None)
+    for name, (beside, find) in MISSING.items():
+        if name not in fields and beside in fields:
+            with contextlib.suppress(KeyError):
+                fields[name] = find(fields)
     for name, find in COMPLETIONS.items():
         if fields.get(name, "") is None:
             with contextlib.suppress(KeyError, TypeError):
@@ -231,7 +247,7 @@ def is_depth(name, value):
 
 def is_part_of_depth(name):
     """Returns whether a field says how many of the layers, or from which on, are of a kind."""
-    return isinstance(name, str) and PART_OF_DEPTH.search(name) and re.search("layer|dense", name)
+    return isinstance(name, str) and PART_OF_DEPTH.search(name) and re.search("layer|dense|merge", name)
 
 
 def first_of_each_kind(depth, lists):

@@ -177,3 +177,34 @@ def test_half_precision_operators_keep_their_dtype(dtype):
         assert output.dtype == str(dtype).removeprefix("torch.")
         error = relative_error(output_arrays(output), [model(**inputs).float().numpy()])
     assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+def test_what_detectors_and_caches_are_made_of():
+    """Reading between pixels, products of booleans, the largest so far, empty parts, masks of rows, sizes as output."""
+
+    class Awkward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, pixel_values):
+            places = pixel_values[:, 0, :, :2].unsqueeze(1).tanh() * 1.2
+            read = torch.nn.functional.grid_sample(pixel_values, places, align_corners=False)
+            grown = torch.cat([torch.tensor([]), self.scale(pixel_values)], dim=2)
+            row = torch.arange(4.0)
+            grown[pixel_values[..., 0] > 0] = row
+            downwards = torch.arange(3, -1, -1.0, dtype=torch.long)
+            both = (pixel_values > 0) * (pixel_values < 1)
+            return (
+                read,
+                grown + both[:, :, :1],
+                pixel_values.cummax(-1).values + pixel_values.cummin(1).values + downwards,
+                5,
+            )
+
+    torch.manual_seed(0)
+    model, inputs = Awkward(), {"pixel_values": torch.randn(2, 3, 5, 4)}
+    with torch.no_grad():
+        run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+        expected = [output.numpy() for output in model(**inputs)[:3]]
+    assert relative_error(output_arrays(run()), expected) < 1e-6

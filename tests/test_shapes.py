@@ -105,6 +105,12 @@ def test_models_that_match_two_images_get_a_pair():
     assert describe_shapes(make_case(default_config("superglue"))) == "pixel_values=1x2x3x224x224"
 
 
+def test_a_prompt_image_and_the_other_make_one():
+    pixels = "1x3x448x448"
+    shapes = f"pixel_values={pixels} prompt_pixel_values={pixels} prompt_masks={pixels}"
+    assert describe_shapes(make_case(default_config("seggpt"))) == shapes
+
+
 def test_a_grid_holds_as_many_patches_as_there_are():
     case = make_case(small_config(default_config("qwen3_vl_vision"), SIZES[2]), batch_size=3)
     inputs = make_inputs(case)

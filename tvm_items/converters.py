@@ -178,11 +178,12 @@ def convert_index_put(node, importer):
     accumulate = bool(rest[1]) if len(rest) > 1 else False
     (axis, index), values = places[0], importer.env[rest[0]]
     shape, index_value = list(node.args[0].meta["val"].shape), index.meta["val"]
-    if len(places) == 1 and index_value.dtype == torch.bool and rest[0].meta["val"].numel() == 1 and not accumulate:
-        mask = relax.op.reshape(
-            importer.env[index], (*index_value.shape, *[1] * (len(shape) - index_value.ndim - axis))
-        )
-        return emit(relax.op.where(mask, relax.op.reshape(values, ()), target))
+    behind = len(shape) - index_value.ndim - axis  # axes behind those of a mask
+    is_same_everywhere = rest[0].meta["val"].numel() == 1 or rest[0].meta["val"].ndim <= behind
+    if len(places) == 1 and index_value.dtype == torch.bool and is_same_everywhere and not accumulate:
+        mask = relax.op.reshape(importer.env[index], (*index_value.shape, *[1] * behind))
+        values = relax.op.reshape(values, ()) if rest[0].meta["val"].numel() == 1 else values
+        return emit(relax.op.where(mask, values, target))
     if len(places) > 1 or index_value.dtype == torch.bool:
         return importer._index_put(node)
     count = index_value.numel()
@@ -247,7 +248,56 @@ def convert_masked_scatter(node, importer):
     return emit(relax.op.reshape(result, shape))
 
 
+def convert_grid_sampler(node, importer):
+    """Converts the reading of an image between its pixels, where TVM's kernel has the places' two numbers in front."""
+    from tvm import relax
+
+    image, places = (importer.env[argument] for argument in node.args[:2])
+    method, padding, align_corners = node.args[2:]
+    return importer.block_builder.emit(
+        relax.op.image.grid_sample(
+            image,
+            importer.block_builder.emit(relax.op.permute_dims(places, [0, 3, 1, 2])),
+            method=("bilinear", "nearest", "bicubic")[method],
+            layout="NCHW",
+            padding_mode=("zeros", "border", "reflection")[padding],
+            align_corners=align_corners,
+        )
+    )
+
+
+def convert_cumulative_extreme(name, node, importer):
+    """Converts the largest or smallest so far along an axis; its place cannot be had. name: "max" or "min"."""
+    from tvm import relax, te, tirx
+
+    if any(user.args[1] != 0 for user in node.users):
+        raise NotImplementedError(f"cum{name}() with its places")
+
+    def so_far(values):
+        axis = node.args[1] % len(values.shape)
+        j = te.reduce_axis((0, values.shape[axis]), "j")
+        worst = tirx.min_value if name == "max" else tirx.max_value
+
+        def extreme(*place):
+            source = values(*place[:axis], j, *place[axis + 1 :])
+            return getattr(te, name)(tirx.if_then_else(j <= place[axis], source, worst(values.dtype)), axis=j)
+
+        return te.compute(values.shape, extreme, name=f"cum{name}")
+
+    values = importer.block_builder.emit_te(so_far, importer.env[node.args[0]])
+    return importer.block_builder.emit(relax.Tuple([values, values]))
+
+
+def convert_known_value(node, importer):
+    """Converts a value that fold_known_values() has put into the graph; a copy of anything else is that itself."""
+    from tvm import relax
+
+    value = importer.env[node.args[0]]
+    return relax.const(value.numpy(), str(value.dtype).removeprefix("torch.")) if torch.is_tensor(value) else value
+
+
 CONVERTERS = {
+    "lift_fresh_copy.default": convert_known_value,
     "convert_element_type.default": convert_element_type,
     "any.default": convert_any,
     "amax.default": functools.partial(convert_extreme, "max"),
@@ -262,6 +312,9 @@ CONVERTERS = {
     "floor_divide.default": convert_division,
     "div.Tensor_mode": convert_division,
     "histc.default": convert_histc,
+    "grid_sampler_2d.default": convert_grid_sampler,
+    "cummax.default": functools.partial(convert_cumulative_extreme, "max"),
+    "cummin.default": functools.partial(convert_cumulative_extreme, "min"),
     "grouped_mm_fallback.default": convert_grouped_matmul,
     "_grouped_mm.default": convert_grouped_matmul,
 }

@@ -102,6 +102,8 @@ def count_upwards(graph):
         if step >= 0:
             continue
         value = node.meta["val"]
+        if not value.is_floating_point():
+            step = int(step)  # XLNet's is -1.0
         with graph.inserting_before(node):
             upwards = graph.call_function(aten.arange.start_step, (0, value.shape[0], 1), dict(node.kwargs))
             scaled = graph.call_function(aten.mul.Tensor, (upwards, step))
@@ -109,6 +111,33 @@ def count_upwards(graph):
         upwards.meta["val"] = scaled.meta["val"] = shifted.meta["val"] = value
         node.replace_all_uses_with(shifted)
         graph.erase_node(node)
+
+
+def combine_booleans(graph):
+    """Makes products and sums of booleans what they are, in place: TVM's code generator knows those of numbers only."""
+    for target, logical in ((aten.mul.Tensor, aten.logical_and.default), (aten.add.Tensor, aten.logical_or.default)):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node.meta["val"].dtype == torch.bool and all(isinstance(arg, torch.fx.Node) for arg in node.args):
+                node.target = logical
+
+
+def drop_empty_parts(graph):
+    """Drops tensors without an element, and without the others' axes, from concatenations, in place.
+
+    XLM's cache of keys and values begins with one; TVM refuses it.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        parts, *rest = node.args
+        node.args = ([part for part in parts if part.meta["val"].shape != (0,)] or parts[:1], *rest)
+
+
+def drop_numbers_from_output(exported):
+    """Drops from an ExportedProgram's output what is no tensor, such as the sizes of Swin's feature maps, in place."""
+    output = exported.graph.output_node()
+    specs = exported.graph_signature.output_specs
+    kept = [i for i, value in enumerate(output.args[0]) if isinstance(value, torch.fx.Node) or value is None]
+    output.args = (tuple(output.args[0][i] for i in kept),)
+    specs[:] = [specs[i] for i in kept]
 
 
 def find_constants(exported):

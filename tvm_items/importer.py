@@ -2,23 +2,27 @@
 
 import contextlib
 import functools
+import operator
 import unittest.mock
 
 import torch
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tvm_items.attention import SDPA, convert_attention, decompose_attention
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     clamp_integers_at_both_ends,
+    combine_booleans,
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
+    drop_empty_parts,
+    drop_numbers_from_output,
     sort_largest,
     sort_plainly,
     subtract_integers_by_adding,
 )
 from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
+from tvm_items.known_values import fix_layout, fold_known_values, has_unknown_sizes, known_values
 
 aten = torch.ops.aten
 
@@ -28,25 +32,64 @@ def export_for_tvm(model, inputs, whole_attention=False):
 
     On the CPU: TVM 0.27 folds BatchNorm's buffers into constants and can hash those on the host only. Attention as
     matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2. With
-    `whole_attention` it stays one operator where attention.py has it as one task. Only a draft gets past an `if` on
-    values (BART clamps what overflows in fp16); it follows one branch and asserts the rest, which TVM does not know.
+    `whole_attention` it stays one operator where attention.py has it as one task. Where sizes depend on values, those
+    that are known are taken for constants. Only a draft gets past an `if` on other values (BART clamps what overflows
+    in fp16); it follows one branch and asserts the rest, which TVM does not know. Raises what the first of these does.
     """
-    arguments = model.cpu(), (), {name: tensor.cpu() for name, tensor in inputs.items()}
+    model, inputs = model.cpu(), {name: tensor.cpu() for name, tensor in inputs.items()}
     table = torch.export.default_decompositions()
     if whole_attention:
         table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        try:
-            exported = torch.export.export(*arguments)
-        except GuardOnDataDependentSymNode:
-            exported = torch.export.draft_export(*arguments)
-        keep_writes(exported, table)
-        exported = exported.run_decompositions(table)
-    check_writes(exported)
+        error = None
+        for export in (export_plainly, export_with_known_values, export_draft):
+            try:
+                exported = export(model, inputs, table)
+            except Exception as export_error:
+                error = error or export_error
+            else:
+                if not has_unknown_sizes(exported):
+                    check_writes(exported)
+                    return exported
+    raise error or ValueError("the sizes of its tensors depend on values of its inputs")
+
+
+def decompose(exported, table):
+    """Returns a program decomposed by a table, which changes where the program writes into its inputs."""
+    keep_writes(exported, table)
+    return exported.run_decompositions(table)
+
+
+def export_plainly(model, inputs, table):
+    return decompose(torch.export.export(model, (), inputs), table)
+
+
+def export_with_known_values(model, inputs, table):
+    with known_values():
+        exported = export_plainly(*fix_layout(model, inputs), table)
+    fold_known_values(exported)
+    return exported
+
+
+def export_draft(model, inputs, table):
+    """Returns a program that follows one branch at an `if` on values, without the assertions that it was that one.
+
+    Raises ValueError where a size or an index would stay at the value that it has in `inputs`.
+    """
+    exported = decompose(torch.export.draft_export(model, (), inputs), table)
     for assertion in exported.graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        condition = assertion.args[0]
+        if condition.target == operator.eq and is_whole_number(condition.args[0]):
+            raise ValueError("a size or an index depends on values of its inputs")
         exported.graph.erase_node(assertion)
     exported.graph.eliminate_dead_code()
     return exported
+
+
+def is_whole_number(node):
+    """Returns whether a node is a number that was read out of a tensor of whole numbers; of booleans is none."""
+    is_read = getattr(node, "target", None) == aten._local_scalar_dense.default
+    return is_read and node.args[0].meta["val"].dtype != torch.bool
 
 
 def import_to_relax(exported):
@@ -64,6 +107,9 @@ def import_to_relax(exported):
     sort_largest(exported.graph)
     sort_plainly(exported.graph)
     count_upwards(exported.graph)
+    combine_booleans(exported.graph)
+    drop_empty_parts(exported.graph)
+    drop_numbers_from_output(exported)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()

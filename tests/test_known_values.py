@@ -1,0 +1,49 @@
+"""Models whose sizes depend on values: on those that never change, as grids of patches, and on others."""
+
+import pytest
+import torch
+from transformers import ResNetConfig
+
+import benchmark
+from conftest import make_case
+from harness.check import output_arrays, relative_error
+from tvm_items.importer import export_for_tvm
+
+pytestmark = pytest.mark.usefixtures("tvm")
+
+
+class Patches(torch.nn.Module):
+    """Reads each image's patches by themselves, as vision towers do that take images of any shape."""
+
+    main_input_name = "pixel_values"
+
+    def forward(self, pixel_values, grid_thw):
+        parts = pixel_values.split(grid_thw.prod(-1).tolist())
+        rows = torch.repeat_interleave(grid_thw[:, 1], grid_thw[:, 0])
+        mask = torch.ones(pixel_values.shape[0], dtype=torch.bool)
+        places = torch.zeros(pixel_values.shape[0], dtype=torch.long)
+        places[mask] = torch.arange(pixel_values.shape[0])[mask]
+        means = torch.stack([part.mean(0) for part in parts])
+        return means * rows[:, None], pixel_values.cumsum(0)[places[mask]]
+
+
+def test_sizes_that_depend_on_a_grid():
+    inputs = {"pixel_values": torch.randn(10, 3), "grid_thw": torch.tensor([[1, 2, 2], [1, 2, 3]])}
+    run = benchmark.tvm_default(Patches(), inputs, make_case(ResNetConfig()))
+    for _ in range(2):
+        expected = [output.numpy() for output in Patches()(**inputs)]
+        assert relative_error(output_arrays(run()), expected) < 1e-6
+        inputs["pixel_values"].normal_()
+
+
+def test_sizes_that_depend_on_other_values_are_refused():
+    """draft_export() would make an empty slice of it, which writes nothing, without an error."""
+
+    class Writing(torch.nn.Module):
+        def forward(self, pixel_values, ends):
+            written = pixel_values.clone()
+            written[ends[0] : ends[1]] = 0.0
+            return written
+
+    with pytest.raises(Exception, match=r"values of its inputs|data-dependent"):
+        export_for_tvm(Writing(), {"pixel_values": torch.randn(9, 3), "ends": torch.tensor([2, 5])})

@@ -1,0 +1,134 @@
+"""What a model computes whatever it is fed, such as masks and grids of patches: known while torch.export traces it.
+
+Sizes, loops and choices of rows may depend on such values. PyTorch keeps the values of single numbers only, and takes
+what depends on others for unknown: the exported graph then has sizes without a number, of which TVM makes nothing.
+"""
+
+import contextlib
+import unittest.mock
+
+import torch
+from torch._subclasses import fake_tensor
+from torch.utils._pytree import tree_leaves
+
+from harness.inputs import LAYOUT
+from tvm_items.exported_graph import find_constants
+
+MAX_KNOWN = 2**18  # elements of a tensor whose values are kept
+aten = torch.ops.aten
+FACTORIES = {
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.full.default,
+    aten.ones.default,
+    aten.scalar_tensor.default,
+    aten.zeros.default,
+}
+
+
+class WithLayout(torch.nn.Module):
+    """A model with the inputs that only say how the others are laid out, such as grids of patches, as constants."""
+
+    def __init__(self, model, inputs):
+        super().__init__()
+        self.model = model
+        self.layout = {name: inputs[name].tolist() for name in LAYOUT if name in inputs}
+
+    def forward(self, **inputs):
+        return self.model(**inputs, **{name: torch.tensor(values) for name, values in self.layout.items()})
+
+
+def fix_layout(model, inputs):
+    """Returns a model that needs no layout, and its inputs {name: tensor}."""
+    return WithLayout(model, inputs), {name: tensor for name, tensor in inputs.items() if name not in LAYOUT}
+
+
+@contextlib.contextmanager
+def known_values():
+    """Makes torch.export keep the values of what does not depend on the inputs while it lasts."""
+    dispatch = fake_tensor.FakeTensorMode._dispatch_impl
+
+    def dispatch_and_keep(mode, func, types, args, kwargs):
+        sizes = tree_leaves((args, kwargs))
+        if func not in FACTORIES or any(isinstance(size, torch.SymInt) for size in sizes):
+            return dispatch(mode, func, types, args, kwargs)
+        with fake_tensor.no_dispatch():
+            value = func(*args, **kwargs)
+        is_small = mode.may_turn_const(value)
+        return mode.fake_tensor_converter.from_real_tensor(mode, value, make_constant=is_small)
+
+    with (
+        unittest.mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", MAX_KNOWN),
+        unittest.mock.patch.object(fake_tensor.FakeTensorMode, "_dispatch_impl", dispatch_and_keep),
+    ):
+        fake_tensor.FakeTensorMode.cache_clear()  # of results without values
+        yield
+
+
+def has_unknown_sizes(exported):
+    """Returns whether the graph of an ExportedProgram computes a size from values of tensors."""
+    values = (node.meta.get("val") for node in exported.graph.nodes)
+    return any(isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) for value in values)
+
+
+# ---- In the exported graph ------------------------------------------------------------------------------------------
+
+
+def fold_known_values(exported):
+    """Puts the values themselves in the place of what an ExportedProgram computes from constants alone, in place.
+
+    A mask among indices becomes the places that it names: TVM takes no others.
+    """
+    graph, values = exported.graph, find_constants(exported)
+    for node in graph.nodes:
+        if node.op == "call_function" and all(source.name in values for source in node.all_input_nodes):
+            evaluate(node, values)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.name not in values:
+            for source in node.all_input_nodes:
+                if source.op == "call_function" and isinstance(values.get(source.name), torch.Tensor):
+                    node.replace_input_with(source, insert_value(exported, node, values[source.name]))
+            if node.target in (aten.index.Tensor, aten.index_put.default):
+                replace_masks(exported, node)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and node.name in values and not node.users:  # an assertion of them too
+            graph.erase_node(node)
+
+
+def evaluate(node, values):
+    """Adds a node's value to {name: value} where that is not random, nor too large."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: values[source.name])
+    value = node.target(*args, **kwargs)
+    if sum(leaf.numel() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)) <= MAX_KNOWN:
+        values[node.name] = value
+
+
+def insert_value(exported, user, value):
+    """Returns a node of a tensor's value, in front of the node `user`."""
+    names = vars(exported.graph_module)["_buffers"]
+    name = f"known_value_{len(names)}"
+    exported.graph_module.register_buffer(name, value.contiguous().clone())
+    with exported.graph.inserting_before(user):
+        node = exported.graph.call_function(aten.lift_fresh_copy.default, (exported.graph.get_attr(name),))
+    node.meta["val"] = value.to("meta")
+    return node
+
+
+def replace_masks(exported, node):
+    """Replaces known masks among the indices of a node by the places that they name, in place."""
+    source, indices, *rest = node.args
+    places = []
+    for index in indices:
+        if index is not None and index.meta["val"].dtype == torch.bool and is_known(index):
+            mask = getattr(exported.graph_module, index.args[0].target)
+            places += [insert_value(exported, node, place) for place in mask.nonzero(as_tuple=True)]
+        else:
+            places.append(index)
+    node.args = (source, places, *rest)
+
+
+def is_known(node):
+    return node.target == aten.lift_fresh_copy.default and node.args[0].op == "get_attr"
