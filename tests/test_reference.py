@@ -66,7 +66,9 @@ NAMES = """returns_a_stale_buffer keeps_its_first_result skips_work_for_the_same
 stops_computing_after_some_calls copies_its_inputs torch""".split()
 
 
-@pytest.mark.parametrize("config, precision", [(TINY_RESNET, "fp32"), (TINY_BERT, "bf16")])
+@pytest.mark.parametrize(
+    "config, precision", [(TINY_RESNET, "fp32"), pytest.param(TINY_BERT, "bf16", marks=pytest.mark.slow)]
+)
 def test_items_that_cheat_are_wrong(command, write_model, tmp_path, config, precision):
     (tmp_path / "cheats.py").write_text(CHEATS)
     arguments = ["--model", write_model(config), "--weights", "random", "--precision", precision]
