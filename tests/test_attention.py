@@ -103,7 +103,11 @@ def called_functions(module):
 # In half precision one that has all that there is: LLVM takes 10 s for each.
 @pytest.mark.parametrize(
     "kind, dtype",
-    [*((kind, torch.float32) for kind in WHOLE), ("repeated", torch.float16), ("repeated", torch.bfloat16)],
+    [
+        *((kind, torch.float32) for kind in WHOLE),
+        ("repeated", torch.float16),
+        pytest.param("repeated", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_attention_is_one_task_without_transpositions(tvm, kind, dtype):

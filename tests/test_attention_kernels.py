@@ -158,7 +158,15 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("fields, parameters", KERNELS.values(), ids=KERNELS)
+# Others have what these leave out, too.
+REPEATED = ("one stage", "fp32, one stage", "fp32, mask", "bf16, one tensor", "cache, fp32", "cache, bf16, one part")
+
+
+@pytest.mark.parametrize(
+    "fields, parameters",
+    [pytest.param(*of_kind, marks=[pytest.mark.slow] * (kind in REPEATED)) for kind, of_kind in KERNELS.items()],
+    ids=KERNELS,
+)
 def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
     """With asynchronous copies as late and as early as they may be; 37 is neither a multiple of a tile nor of a row."""
     attention = make_attention(**{**SMALL, **fields})
@@ -168,7 +176,7 @@ def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
     check_emulated(template.realize(decisions), target, attention, "tirx")
 
 
-@pytest.mark.parametrize("kind", ["mask of keys, three stages", "bf16, one tensor", "biases, grouped"])
+@pytest.mark.parametrize("kind", ["biases, grouped", pytest.param("bf16, one tensor", marks=pytest.mark.slow)])
 def test_what_kernels_are_checked_against_computes_attention(tvm, kind):
     """TVM's default schedule of the task, which is several launches."""
     attention, target = make_attention(**{**SMALL, **KERNELS[kind][0]}), tvm.target.Target(json.loads(H200))

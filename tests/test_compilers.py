@@ -21,7 +21,7 @@ exec /usr/bin/env g++ "$@"
 @pytest.mark.parametrize(
     "compiler, says",
     [
-        ("#!/bin/sh\nexit 1\n", "No working C++ compiler found"),
+        pytest.param("#!/bin/sh\nexit 1\n", "No working C++ compiler found", marks=pytest.mark.slow),
         (WITHOUT_HEADERS, "Python.h: No such file or directory"),
     ],
 )

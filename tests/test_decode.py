@@ -86,7 +86,8 @@ def test_bytes_that_a_step_moves():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("tvm")
-@pytest.mark.parametrize("name", ["t5", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_tvm_writes_the_cache_in_place(name):
     case = decode_case(name)
     step, inputs = load_on_device(case, torch.float32)

@@ -82,7 +82,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-QUICK = ["vit", "roberta", "llama", "t5", "clip", "whisper"]
+QUICK = ["vit", "llama", "t5"]
 SLOW = [model_type for model_type in FAMILIES if model_type not in QUICK]
 
 

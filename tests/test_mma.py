@@ -50,7 +50,7 @@ def check(tvm, task, tolerance=None, **options):
     [
         # Neither rows, columns nor terms are multiples of a tile; batch 1 stands in front as in a Linear layer.
         ((1, 70, 40, 104), "float16", False, True, {}),
-        ((1, 70, 40, 104), "bfloat16", True, True, {"stages": 2, "chunks": 8}),
+        pytest.param((1, 70, 40, 104), "bfloat16", True, True, {"stages": 2, "chunks": 8}, marks=pytest.mark.slow),
         # Columns that 8 does not divide, through shared memory; several products.
         ((3, 37, 36, 64), "float16", False, True, {"rows": 32, "warps_along_rows": 1, "staged": True}),
         # Terms that 2 does not divide cannot be copied asynchronously, nor columns be stored as pairs.
@@ -67,9 +67,11 @@ def test_products(tvm, shape, dtype, transposed, epilogue, options):
     "shape, dtype, geometry, options",
     [
         ((2, 9, 16, 40, 3), "float16", (2, 1, 1), {}),
-        ((1, 11, 8, 32, 3), "bfloat16", (1, 2, 2), {"staged": True, "stages": 4}),
+        pytest.param((1, 11, 8, 32, 3), "bfloat16", (1, 2, 2), {"staged": True, "stages": 4}, marks=pytest.mark.slow),
         ((1, 14, 3, 24, 4), "float16", (4, 0, 1), {"rows": 16, "warps_along_rows": 1}),  # three channels: one by one
-        ((2, 6, 40, 32, 1), "float16", (2, 0, 1), {"rows": 32, "chunks": 8, "stages": 2}),
+        pytest.param(
+            (2, 6, 40, 32, 1), "float16", (2, 0, 1), {"rows": 32, "chunks": 8, "stages": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_convolutions(tvm, shape, dtype, geometry, options):

@@ -52,7 +52,7 @@ def quick(model):
         pytest.param("2>&1 | true; exit ${PIPESTATUS[0]}", {}, 0, marks=pytest.mark.slow),
         (">&- 2>&- <&-", {}, 0),
         (">/dev/full", {}, 1),
-        ("", {"PYTHONIOENCODING": "latin-1"}, 0),
+        pytest.param("", {"PYTHONIOENCODING": "latin-1"}, 0, marks=pytest.mark.slow),
         pytest.param(
             "", {"PYTHONIOENCODING": "ascii", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}, 0, marks=pytest.mark.slow
         ),
@@ -84,7 +84,14 @@ def test_a_results_directory_that_vanishes_costs_no_later_item(command, write_mo
     assert len(errors) == 2 and all("is not written: FileNotFoundError" in line for line in errors), errors
 
 
-@pytest.mark.parametrize("redirected, code", [("| true; exit ${PIPESTATUS[0]}", 0), (">&-", 0), (">/dev/full", 2)])
+@pytest.mark.parametrize(
+    "redirected, code",
+    [
+        ("| true; exit ${PIPESTATUS[0]}", 0),
+        pytest.param(">&-", 0, marks=pytest.mark.slow),
+        (">/dev/full", 2),
+    ],
+)
 def test_pictures_are_drawn_where_nobody_reads_the_tables(tmp_path, redirected, code):
     shutil.copy(ROOT / "results" / "benchmark.csv", tmp_path / "rows.csv")
     variables = {"PYTHONIOENCODING": "latin-1"}

@@ -64,7 +64,7 @@ def check(tvm, task, **options):
             {"rows": 128, "columns": 128, "consumers": 2, "stages": 2, "staged": True},
         ),
         # Two instructions for the rows of a warpgroup; sums in two parts of a different number of steps.
-        ((1, 120, 40, 328), "float16", False, {"rows": 128, "parts": 2}),
+        pytest.param((1, 120, 40, 328), "float16", False, {"rows": 128, "parts": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_products(tvm, shape, dtype, transposed, options, tma):
