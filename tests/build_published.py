@@ -45,7 +45,7 @@ def main(library, precision, directory):
 
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile_candidate, override=True)
     target, library = processes.call(find_target, CUDA, timeout_s=TIMEOUT_S), Path(library)
-    schedules = {  # of which some are TVM's default
+    schedules = {  # less those kernels for which TVM's default one is the best
         kernel["task"]: (kernel["space"], kernel["decisions"])
         for kernel in read_lines(library / KERNELS, Kernel)
         if kernel["space"] is not None
