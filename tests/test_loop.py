@@ -52,7 +52,7 @@ def product_and(activation, target):
         with builder.dataflow():
             output = builder.emit_output(activation(relax.op.matmul(x, w)))
         builder.emit_func_output(output)
-    return prepare(builder.get(), target)
+    return prepare(builder.get(), target, allow_tf32=False)
 
 def make_tasks(target):
     from tvm import relax

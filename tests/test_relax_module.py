@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 import transformers
 
@@ -93,3 +94,44 @@ def test_a_weight_with_odd_columns_is_read_along_its_terms(tvm):
     run = compile_and_bind(module, weights, exported, {"x": x}, target, case, passes_after_scheduling(target), {})
     for output, expected in zip(run(), model(x)):
         torch.testing.assert_close(torch.from_dlpack(output), expected, rtol=1e-2, atol=1e-2)
+
+
+CONVOLUTIONS = [  # (arguments of Conv2d, (height, width, channels) of its image, (kernel's height, width) by then)
+    ((3, 8, 7, 2, 3), (21, 24, 4), (7, 7)),
+    ((3, 8, 4, 4), (21, 6, 12), (4, 1)),
+    ((6, 8, (3, 2), (1, 2), (1, 0)), (21, 12, 12), (3, 1)),
+    ((3, 8, 5, 5), (21, 24, 4), (5, 5)),  # five columns do not divide 24
+    ((3, 8, 2, 2, 1), (21, 24, 4), (2, 2)),  # patches that begin in the border
+    ((5, 8, 3), (21, 24, 5), (3, 3)),  # three channels of zeros would be too many
+    ((8, 8, 2, 2), (21, 24, 8), (2, 2)),
+]
+
+
+class Convolutions(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList(torch.nn.Conv2d(*arguments) for arguments, *_ in CONVOLUTIONS)
+
+    def forward(self, x):
+        return tuple(part(x[:, : part.in_channels]) for part in self.parts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("allow_tf32", [True, False])
+def test_images_get_channels_that_are_copied_as_vectors(tvm, allow_tf32):
+    torch.manual_seed(0)
+    model, x = Convolutions().eval(), torch.randn(2, 8, 21, 24)
+    exported, target = export_for_tvm(model, {"x": x}), tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    module, weights = tuned_module(exported, target, allow_tf32)
+    read = set()
+    for name, function in module.functions_items():
+        if "conv2d" in name.name_hint:
+            image, kernel = (tuple(int(size) for size in parameter.shape) for parameter in function.params[:2])
+            assert image[3] == kernel[2]
+            read.add((image[1:], kernel[:2]))
+    wide = {(image, kernel) for _, image, kernel in CONVOLUTIONS}
+    assert read == wide if allow_tf32 else not read & wide - {((21, 24, 5), (3, 3)), ((21, 24, 8), (2, 2))}
+    case = make_case(transformers.BertConfig(), device="cpu")
+    run = compile_and_bind(module, weights, exported, {"x": x}, target, case, passes_after_scheduling(target), {})
+    for output, expected in zip(run(), model(x)):
+        torch.testing.assert_close(torch.from_dlpack(output), expected)

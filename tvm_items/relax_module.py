@@ -14,7 +14,7 @@ def tuned_module(exported, target, allow_tf32=False):
     """
     simplify(exported)
     module, weights = import_to_relax(exported)
-    module = prepare(module, target)
+    module = prepare(module, target, allow_tf32)
     return (mark_tf32(module) if allow_tf32 else module), weights
 
 
@@ -29,16 +29,18 @@ def mark_tf32(module):
     return tvm.IRModule(functions, attrs=module.attrs)
 
 
-def prepare(module, target):
+def prepare(module, target, allow_tf32):
     """Returns the Relax module with one TIR function for each distinct fused operator, not yet scheduled.
 
-    Operators on weights alone go into a function of their own, main_transform_params, which is run once.
+    Operators on weights alone go into a function of their own, main_transform_params, which is run once. allow_tf32:
+    as tuned_module() has it.
     """
     import tvm
     from tvm import relax
 
     passes = [
         relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
+        widen_channels(allow_tf32),
         cancel_permutations(),
         read_odd_weights_along_terms(),
         relax.transform.LiftTransformParams(),
@@ -53,6 +55,67 @@ def prepare(module, target):
     ]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(passes)(module)
+
+
+def widen_channels(allow_tf32):
+    """Returns a pass that gives the images of some convolutions more channels, so that they are copied as vectors.
+
+    Those for tensor cores, in 16 bits or TF32, with an odd number of channels, such as the three of colours. Where
+    patches lie side by side, each line of one, of all its channels, is in one piece in memory: it counts as one point
+    with so many channels. Elsewhere zeros fill the channels up to a multiple of four, unless that is more than a third
+    of multiplications more. The convolutions are channels last, as ConvertLayout leaves them.
+    """
+    import tvm
+    from tvm import relax
+    from tvm.relax.expr_functor import PyExprMutator, mutator
+
+    dtypes = ("float16", "bfloat16", "float32") if allow_tf32 else ("float16", "bfloat16")
+
+    @mutator
+    class Widener(PyExprMutator):
+        def visit_call_(self, call):
+            call = super().visit_call_(call)
+            if call.op != tvm.ir.Op.get("relax.nn.conv2d") or call.attrs.groups != 1:
+                return call
+            image, weight = call.args
+            batch, height, width, channels = map(int, image.ty.shape)
+            rows, columns, _, outputs = map(int, weight.ty.shape)
+            if image.ty.dtype not in dtypes or not channels % 4:
+                return call
+            strides, padding, missing = (
+                list(map(int, call.attrs.strides)),
+                list(map(int, call.attrs.padding)),
+                -channels % 4,
+            )
+            if columns == strides[1] > 1 and width % columns == padding[1] == padding[3] == 0:
+                image = relax.op.reshape(image, (batch, height, width // columns, columns * channels))
+                weight = relax.op.reshape(weight, (rows, 1, columns * channels, outputs))
+                strides[1] = 1
+            elif 3 * missing <= channels:
+                image = relax.op.nn.pad(image, [0] * 7 + [missing])
+                weight = relax.op.nn.pad(weight, [0] * 5 + [missing, 0, 0])
+            else:
+                return call
+            return relax.op.nn.conv2d(
+                self.builder_.emit(image),
+                self.builder_.emit(weight),
+                strides=strides,
+                padding=padding,
+                dilation=call.attrs.dilation,
+                data_layout=call.attrs.data_layout,
+                kernel_layout=call.attrs.kernel_layout,
+                out_dtype=call.attrs.out_dtype,
+            )
+
+    @tvm.ir.transform.module_pass(opt_level=0)
+    def widen(module, _):
+        widener = Widener(module)
+        for name, function in module.functions_items():
+            if isinstance(function, relax.Function):
+                widener.builder_.update_func(name, widener.visit_expr(function))
+        return widener.builder_.get()
+
+    return widen
 
 
 def cancel_permutations():
