@@ -20,11 +20,12 @@ def make_product(rows):
     return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
 
 
-def make_batched_product(shape, dtype, transposed=False, epilogue=True):
+def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=False):
     """Returns (TIR module, its arguments as tensors, expected output) of a batched matrix product, summed in fp32.
 
     shape: (batch, rows, columns, terms). transposed: whether the right operand is given as (batch, columns, terms).
-    epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual.
+    epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual. gelu:
+    whether that activation is GELU, by erf, and not SiLU.
     """
     import tvm
     from tvm import te, topi
@@ -43,10 +44,14 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True):
     expected = (left @ (right.mT if transposed else right)).to(tensors[0].dtype)
     if epilogue:
         biased = topi.add(output, bias)
-        output = topi.add(topi.multiply(topi.multiply(biased, topi.sigmoid(biased)), scale), residual)
+        half, root = (topi.full((), dtype, value) for value in (0.5, 0.5**0.5))
+        erf = topi.cast(topi.erf(topi.cast(topi.multiply(biased, root), "float32")), dtype)
+        share = topi.add(topi.multiply(erf, half), half) if gelu else topi.sigmoid(biased)
+        output = topi.add(topi.multiply(topi.multiply(biased, share), scale), residual)
         inputs += [bias, scale, residual]
         biased = expected + tensors[2]
-        expected = biased * torch.sigmoid(biased) * tensors[3] + tensors[4]
+        activated = torch.nn.functional.gelu(biased) if gelu else biased * torch.sigmoid(biased)
+        expected = activated * tensors[3] + tensors[4]
     else:
         tensors = tensors[:2]
     module = tvm.IRModule({"main": te.create_prim_func([*inputs, output]).with_attr("global_symbol", "main")})

@@ -1,7 +1,9 @@
 """The template of mma.sync: its kernels, run on the CPU, are right for odd shapes, layouts and epilogues."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from cuda_emulator import emulate, generate
 from products import make_batched_product, make_convolution
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
+from tvm_items.templates.epilogue import LOG2_ERFC
 from tvm_items.templates.find import find_templates
 from tvm_items.templates.mma import PARAMETERS, Config
 from tvm_items.templates.product_task import ALLOW_TF32
@@ -61,6 +64,24 @@ def check(tvm, task, tolerance=None, **options):
 )
 def test_products(tvm, shape, dtype, transposed, epilogue, options):
     check(tvm, make_batched_product(shape, dtype, transposed, epilogue), **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_gelu_behind_a_product(tvm, dtype):
+    task = make_batched_product((1, 70, 40, 104), dtype, gelu=True)
+    realized = check(tvm, task, tolerance={"float16": 1e-3, "bfloat16": 1e-2}[dtype])
+    source, *_ = generate(realized, tvm.target.Target(json.loads(H200)), tir_pipeline())
+    assert "ex2.approx" in source and "erff(" not in source
+
+
+def test_the_error_of_erf():
+    """In fp32, as the kernels compute it: what it adds to erf is lost where the result is rounded to 16 bits."""
+    x = np.linspace(0, 6, 100001, dtype=np.float32)
+    exponent = np.float32(0)
+    for coefficient in reversed(LOG2_ERFC):
+        exponent = (exponent + np.float32(coefficient)) * x
+    error = np.abs(1 - np.exp2(exponent) - np.array([math.erf(value) for value in x]))
+    assert error.max() < 1e-6 and error[x < 0.1].max() < 3e-7
 
 
 @pytest.mark.parametrize(
