@@ -16,6 +16,7 @@ from conftest import ROOT, TINY_RESNET, read_csv
 from harness import models
 from harness.models import find_model
 from harness.rows import COLUMNS
+from harness.version import harness_version
 
 # Items that go wrong in every way a compiler can, added by a script that uses benchmark.py as it is.
 BROKEN_ITEMS = f"""
@@ -182,6 +183,12 @@ def test_the_checkout_stays_clean(command, write_model, tmp_path):
     assert len(read_csv(checkout / "results" / "local" / "benchmark.csv")) == 2  # the first row was there already
     status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     assert status.stdout == ""
+
+
+def test_both_scripts_say_which_version_they_are(command):
+    for script in ("benchmark.py", "plot.py"):
+        done = command(script, "--version")
+        assert done.returncode == 0 and done.stdout == f"{script} {harness_version()}\n" and not done.stderr
 
 
 def test_half_precision_has_a_tolerance_of_its_own(command, broken_items, write_model, tmp_path):

@@ -1,8 +1,10 @@
 """What makes two runs the same case: names, classes, configs and the version of this harness."""
 
+import re
 import subprocess
 
 import pytest
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from conftest import ROOT, TINY_RESNET, make_case
@@ -71,20 +73,21 @@ def test_the_version_is_the_commit_that_changed_the_code(checkout):
     git("add", ".")
     git("commit", "-m", "code")
     commit = version_there()
-    assert len(commit) == 12 and int(commit, 16)
+    assert re.fullmatch(re.escape(version.VERSION) + r"\+[0-9a-f]{12}", commit)
     (directory / "README.md").write_text("words")
     git("add", ".")
     git("commit", "-m", "words")
     assert version_there() == commit
     (directory / "benchmark.py").write_text("2")
-    assert version_there() == f"{commit}+changes"
+    assert version_there() == f"{commit}.changes"
+    assert Version(version_there())  # of PEP 440; it raises an exception else
     git("commit", "-am", "code")
-    assert version_there() not in (commit, f"{commit}+changes")
+    assert version_there() not in (commit, f"{commit}.changes")
 
 
 def test_without_git_the_version_file_says_it(checkout, monkeypatch):
     _, directory, version_there = checkout
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(directory.parent))
-    assert version_there() == "unknown"  # as the file stands in a checkout
+    assert version_there() == version.VERSION  # as the file stands in a checkout
     (directory / "harness" / "version.txt").write_text("0123456789ab\n")  # as git archive writes it
-    assert version_there() == "0123456789ab"
+    assert version_there() == f"{version.VERSION}+0123456789ab"
