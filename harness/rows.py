@@ -37,7 +37,8 @@ phase context_len
 KEY = CASE + SETTING
 HOST_BOUND_SHARE = 0.9  # a row waits for the host whose host_time_ms is at least so much of its median
 
-# In tables and pictures; items that are not named here come last.
+# In tables and pictures; what is not named here comes last.
+PRECISION_ORDER = ("fp32", "tf32", "fp16", "bf16")
 ITEM_ORDER = (
     "torch",
     "torch_compile",
@@ -53,6 +54,11 @@ SKIPPED_STATUSES = {"nothing": (), "ended": ("ok", "wrong", "failed"), "ok": ("o
 def item_order(item):
     """Returns what test items are sorted by: their place in ITEM_ORDER, then their name."""
     return ITEM_ORDER.index(item) if item in ITEM_ORDER else len(ITEM_ORDER), item
+
+
+def precision_order(precision):
+    """Returns the same for precisions."""
+    return PRECISION_ORDER.index(precision) if precision in PRECISION_ORDER else len(PRECISION_ORDER), precision
 
 
 def number(row, name):

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from harness.errors import UserError
 from harness.reports import verdict
-from harness.rows import CASE, COLUMNS, KEY, PHASES, SETTING, item_order, number
+from harness.rows import CASE, COLUMNS, KEY, PHASES, SETTING, item_order, number, precision_order
 
 FILLED = "model_name test_item batch_size device_name precision".split()  # columns that no row leaves empty
 TIMES = [name for name in COLUMNS if name.endswith(("_time_s", "_ms"))]
@@ -27,6 +27,10 @@ class CaseRows(typing.NamedTuple):
     batch_size: int
     rows: list  # dicts of the CSV's columns
 
+    @property
+    def precision(self):
+        return self.rows[0]["precision"]
+
     def winners(self):
         """Returns the names of the fastest item and of those level with it; none where there is nothing to compare."""
         found = verdict.contenders(self.rows)
@@ -39,7 +43,7 @@ class CaseRows(typing.NamedTuple):
 class Comparison(typing.NamedTuple):
     """The cases that were measured in one setting: what a table, a panel or a verdict may hold."""
 
-    setting: dict  # the SETTING columns, which all the rows share
+    setting: dict  # the SETTING columns, which all the rows share; across_precisions() leaves the precision out
     cases: list
 
     @property
@@ -48,7 +52,7 @@ class Comparison(typing.NamedTuple):
 
     @property
     def title(self):
-        title = f"{self.setting['device_name']}, {self.setting['precision']}"
+        title = ", ".join(self.setting[name] for name in ("device_name", "precision") if name in self.setting)
         return f"{title}, decode, context length {self.setting['context_len']}" if self.decodes else title
 
     @property
@@ -169,6 +173,22 @@ def compare(rows):
         )
         for setting, cases in sorted(settings.items(), key=lambda item: order(item[0]))
     ]
+
+
+def across_precisions(comparisons):
+    """Returns Comparisons of which each holds all those that differ in nothing but the precision.
+
+    Their order is that of the first of each; cases are sorted by model, precision and batch size.
+    """
+    merged = defaultdict(list)
+    for comparison in comparisons:
+        setting = {name: value for name, value in comparison.setting.items() if name != "precision"}
+        merged[tuple(setting.items())] += comparison.cases
+
+    def order(case):
+        return case.label, precision_order(case.precision), case.batch_size
+
+    return [Comparison(dict(setting), sorted(cases, key=order)) for setting, cases in merged.items()]
 
 
 def drop_superseded(rows):

@@ -1,39 +1,33 @@
-"""Pictures of rows: one a model and phase, a panel for each setting, grouped bars by batch size."""
+"""Pictures of rows: one a model and phase, a panel for each setting, a line a case, a point an item."""
 
 import textwrap
 from collections import Counter
 
 import matplotlib
-
-matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from harness.names import file_stem
-from harness.reports.tables import DISTURBED_MARK
-from harness.rows import ITEM_ORDER, item_order, number, waits_for_host
+from harness.reports.comparison import across_precisions
+from harness.reports.points import FONT_SIZE, draw_legend, draw_point, look, set_up_axes
+from harness.reports.tables import DISTURBED_MARK, short_name
+from harness.rows import item_order, number
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
-COLORS = dict(zip(ITEM_ORDER, ["#000000", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00"], strict=True))
-OTHER_COLOR = "#CC79A7"  # an item that has no colour of its own yet
-HATCH = {"hatch": "////", "edgecolor": "white", "linewidth": 0}  # of bars that wait for the host
-
-INCHES_PER_BAR = 0.62
-NARROWEST, WIDEST = 5.0, 8.3  # inches; at 100 pixels an inch a README's column is 8.3 wide
+WIDTH, INCHES_PER_LINE = 6.5, 0.25  # inches; a README's column makes of it 8.3, a phone 3.9
+PRECISION_GAP = 0.5  # lines between the cases of one precision and those of the next
+NOTE_BELOW = 0.75  # lines, of what is written below a case's points
+LEAST_RANGE = 5  # from the lowest to the highest time, so that two labels of the axis are in sight
 LONGEST_STEM = 200  # bytes; file systems take 255
-UPRIGHT_LABEL = 0.36  # inches; in a narrower place a bar's number is turned by 90 degrees
 
 
 def save_pictures(comparisons, directory):
     """Saves a picture for each model and phase of the comparisons in the directory; returns the paths."""
     paths = []
     for phase, ending in (("forward", "infer_time"), ("decode", "decode_time")):
-        of_phase = [comparison for comparison in comparisons if comparison.setting["phase"] == phase]
+        of_phase = across_precisions(c for c in comparisons if c.setting["phase"] == phase)
         names = sorted({row["model_name"] for comparison in of_phase for row in comparison.rows})
         for name, file_name in zip(names, file_names(names, ending)):
             paths.append(directory / file_name)
-            draw_model(find_panels(of_phase, name), paths[-1])
+            draw_model(find_panels(of_phase, name), phase, paths[-1])
     return paths
 
 
@@ -66,96 +60,98 @@ def find_panels(comparisons, model_name):
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # a name may have a dollar sign
-def draw_model(panels, path):
+def draw_model(panels, phase, path):
     """Saves one model's picture. panels: as find_panels() returns them."""
-    rows = [row for _, cases in panels for case in cases for row in case.rows]
-    items = sorted({row["test_item"] for row in rows}, key=item_order)
-    places = len(items) * max(len(cases) for _, cases in panels)
-    width = min(max(NARROWEST, INCHES_PER_BAR * places + 0.8), WIDEST)
+    positions = [place_lines(cases) for _, cases in panels]
+    heights = [places[-1] + 3 for places in positions]  # in lines: the title and the labels above and below
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(width, 3.3 * len(panels) + 0.9), squeeze=False, layout="constrained"
+        len(panels),
+        figsize=(WIDTH, INCHES_PER_LINE * sum(heights) + 1.4),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
-    upright = (width - 0.8) / places >= UPRIGHT_LABEL
-    for axis, (title, cases) in zip(axes[:, 0], panels):
-        draw_panel(axis, cases, items, upright)
-        lines = [textwrap.fill(line, int(7 * width), max_lines=4, placeholder=" …") for line in title if line]
-        axis.set_title("\n".join(lines), fontsize=10)
-    draw_legend(figure, items, rows, columns=3 if width > 7 else 2)
+    rows = [row for _, cases in panels for case in cases for row in case.rows]
+    several = len({label for (label, *_), _ in panels}) > 1
+    figure.suptitle(wrapped([rows[0]["model_name"] if several else panels[0][0][0]]), fontsize=FONT_SIZE + 2)
+    axes[0, 0].set_xlim(time_range(rows))
+    for axis, places, (title, cases) in zip(axes[:, 0], positions, panels):
+        set_up_axes(axis, "", [f"{case.precision}, batch {case.batch_size}" for case in cases], places)
+        axis.tick_params(axis="x", labelbottom=True)
+        for y, case in zip(places, cases):
+            draw_case(axis, y, case)
+        axis.set_title(wrapped(title if several else title[1:]), fontsize=FONT_SIZE)
+    axes[-1, 0].set_xlabel(f"one {'step' if phase == 'decode' else 'inference'}, ms (log scale)", fontsize=FONT_SIZE)
+    title = "point: median, whisker: minimum to 90th percentile, bold: the lowest median"
+    fastest = [find_fastest(case) for _, cases in panels for case in cases]
+    if any(row["warnings"] for row in fastest if row):
+        title += f"\n{DISTURBED_MARK} disturbed by outliers or a drift"
+    items = sorted({row["test_item"] for row in rows}, key=item_order)
+    draw_legend(figure, items, rows, title=title, title_fontsize=FONT_SIZE)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
-def draw_panel(axis, cases, items, upright):
-    """Draws the bars of one setting: medians on a logarithmic axis, on which 0.6 ms stays legible beside 50 ms."""
-    ok = [row for case in cases for row in case.rows if row["status"] == "ok"]
-    low = min((number(row, "infer_time_min_ms") for row in ok), default=1)
-    high = max((number(row, name) for row in ok for name in ("infer_time_median_ms", "infer_time_p90_ms")), default=1)
-    bottom = low / 2.5
-    axis.set_yscale("log")
-    axis.set_ylim(bottom, high * (2 if upright else 4))
-    bar_width = 0.84 / len(items)
-    for x, case in enumerate(cases):
-        winners = case.winners()
-        for row in case.rows:
-            at = x + (items.index(row["test_item"]) - (len(items) - 1) / 2) * bar_width
-            if row["status"] == "ok":
-                draw_bar(axis, at, bar_width * 0.92, row, upright, bold=row["test_item"] in winners)
-            else:
-                axis.text(
-                    at, bottom * 1.1, row["status"], rotation=90, ha="center", va="bottom", color="#666666", fontsize=9
-                )
-    axis.set_xlim(-0.5, len(cases) - 0.5)
-    axis.set_xticks(range(len(cases)), [str(case.batch_size) for case in cases])
-    axis.set_xlabel("batch size")
-    axis.set_ylabel("inference time, ms (log scale)")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(axis="y", which="major", color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+def wrapped(lines):
+    """Returns the lines of a title that are not empty, none wider than the picture."""
+    return "\n".join(textwrap.fill(line, int(11 * WIDTH), max_lines=4, placeholder=" …") for line in lines if line)
 
 
-def draw_bar(axis, at, width, row, upright, bold):
-    """Draws a row that is ok: a bar up to the median, a whisker from the minimum to the 90th percentile, the number."""
+def place_lines(cases):
+    """Returns the y of each case's line, in lines, and of one more, with room for what draw_case() writes below."""
+    places = [0.0]
+    for case, following in zip(cases, [*cases[1:], cases[-1]]):
+        has_note = 0 < len(ok(case)) < len(case.rows)
+        gap = NOTE_BELOW * has_note + PRECISION_GAP * (case.precision != following.precision)
+        places.append(places[-1] + 1 + gap)
+    return places
+
+
+def ok(case):
+    """Returns the rows of a case that have a time."""
+    return [row for row in case.rows if row["status"] == "ok"]
+
+
+def find_fastest(case):
+    """Returns the row with the lowest median, None where none is ok."""
+    return min(ok(case), key=median_ms, default=None)
+
+
+def median_ms(row):
+    return number(row, "infer_time_median_ms")
+
+
+def ends(row):
+    """Returns the least and the most milliseconds of a row's point and whisker."""
     median, lowest, p90 = (number(row, f"infer_time_{name}_ms") for name in ("median", "min", "p90"))
-    axis.bar(
-        at,
-        median,
-        width,
-        color=COLORS.get(row["test_item"], OTHER_COLOR),
-        yerr=[[max(0, median - lowest)], [max(0, p90 - median)]],
-        error_kw={"ecolor": "#888888", "capsize": 2, "elinewidth": 1},
-        **(HATCH if waits_for_host(row) else {}),
-    )
-    axis.annotate(
-        f"{median:#.3g}".rstrip(".") + DISTURBED_MARK * bool(row["warnings"]),
-        (at, max(median, p90)),
-        xytext=(0, 2 if upright else 4),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        rotation=0 if upright else 90,
-        fontsize=8,
-        fontweight="bold" if bold else "normal",
-    )
+    return min(lowest, median), max(median, p90)
 
 
-def draw_legend(figure, items, rows, columns):
-    """Draws under the panels which colour is which item, and what else the bars say."""
-    handles = [Patch(color=COLORS.get(item, OTHER_COLOR), label=item) for item in items]
-    ok = [row for row in rows if row["status"] == "ok"]
-    if any(waits_for_host(row) for row in ok):
-        handles.append(Patch(facecolor="#888888", label="hatched: waits for the host", **HATCH))
-    title = "bar: median, whisker: minimum to 90th percentile, bold: the fastest or level with it"
-    if any(row["warnings"] for row in ok):
-        title += f"\n{DISTURBED_MARK} disturbed by outliers or a drift"
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(columns, len(handles)),
-        frameon=False,
-        fontsize=9,
-        title=title,
-        title_fontsize=8,
+def time_range(rows):
+    """Returns the milliseconds at the left and the right of the axis, with room for a figure beside the first point."""
+    reached = [ms for row in rows if row["status"] == "ok" for ms in ends(row)] or [1.0]
+    low, high = min(reached), max(reached)
+    widened = max(1, LEAST_RANGE * low / high) ** 0.5
+    low, high = low / widened, high * widened
+    return low / (high / low) ** 0.15, high * (high / low) ** 0.04
+
+
+def draw_case(axis, y, case):
+    """Draws a case's line: its points, the lowest median in figures, and at its end which items gave no time."""
+    if fastest := find_fastest(case):
+        both = [ends(row) for row in ok(case)]
+        left = min(low for low, _ in both)
+        axis.plot([left, max(high for _, high in both)], [y, y], color="#dddddd", linewidth=1, zorder=0)
+        text = f"{median_ms(fastest):#.3g}".rstrip(".") + DISTURBED_MARK * bool(fastest["warnings"])
+        font = {"fontsize": FONT_SIZE, "fontweight": "bold", "ha": "right", "va": "center_baseline"}
+        axis.annotate(text, (left, y), xytext=(-7, 0), textcoords="offset points", **font)
+    for row in sorted(ok(case), key=median_ms, reverse=True):  # the fastest lies on top
+        axis.plot(ends(row), [y, y], color=look(row["test_item"])["color"], linewidth=1.2, zorder=2)
+        draw_point(axis, median_ms(row), y, row)
+    no_time = "; ".join(
+        f"{status}: {', '.join(short_name(row['test_item']) for row in case.rows if row['status'] == status)}"
+        for status in sorted({row["status"] for row in case.rows} - {"ok"})
     )
+    font = {"fontsize": FONT_SIZE, "color": "#666666", "ha": "right", "va": "center_baseline"}
+    axis.text(0.995, y + NOTE_BELOW * bool(fastest), no_time, transform=axis.get_yaxis_transform(), **font)

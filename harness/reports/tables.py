@@ -7,6 +7,12 @@ from tabulate import tabulate
 from harness.reports import verdict
 from harness.rows import number, waits_for_host
 
+# What the names of test items are cut to where space is short; the others are short.
+SHORT_NAMES = {
+    "torch_compile": "torch.compile",
+    "torch_compile_reduce_overhead": "reduce-overhead",
+    "torch_compile_max_autotune": "max-autotune",
+}
 HOST_MARK, DISTURBED_MARK = "ʰ", "ᵈ"
 LEGENDS = {
     HOST_MARK: "waits for the host: says more about the host than about the compiler",
@@ -28,6 +34,10 @@ MEASURED_WITH = [
     ("harness", "harness_version", True),
     ("cases at once:", "concurrent_cases", False),
 ]
+
+
+def short_name(item):
+    return SHORT_NAMES.get(item, item)
 
 
 def plus_minus(value, spread):
@@ -70,12 +80,17 @@ def table(lines, right=()):
 
 def heading(comparison):
     """Returns what a table is headed by: device and precision, and in a line of its own what else was the same."""
+    return f"### {comparison.title}\n\n{measured_with(comparison)}"
+
+
+def measured_with(comparison):
+    """Returns a line that says which versions, weights and threads a comparison's rows were measured with."""
     told = []
     for name, column, always in MEASURED_WITH:
         values = sorted({row[column] for row in comparison.rows if row[column]})
         if values or always:
             told.append(f"{name} {', '.join(values) or 'not recorded'}")
-    return f"### {comparison.title}\n\n{'; '.join(told)}"
+    return "; ".join(told)
 
 
 def legend(text):
@@ -85,8 +100,10 @@ def legend(text):
 
 def reasons(comparison):
     """Returns a line for each row that is not ok."""
+    several = "precision" not in comparison.setting  # in one table
     return "\n".join(
-        f"- {case.label}, batch size {case.batch_size}, {row['test_item']}: {row['status']}{reason(row['error'])}"
+        f"- {case.label}, {f'{case.precision}, ' * several}batch size {case.batch_size}, {row['test_item']}: "
+        f"{row['status']}{reason(row['error'])}"
         for case in comparison.cases
         for row in case.rows
         if row["status"] != "ok"
@@ -102,16 +119,22 @@ def paragraphs(*parts):
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
+def times_of(case):
+    """Returns {item: its median ± standard deviation with marks, or why there is none}, the winners in bold."""
+    winners = case.winners()
+    texts = {}
+    for row in case.rows:
+        text = median_text(row) + marks(row) if row["status"] == "ok" else row["status"]
+        texts[row["test_item"]] = f"**{text}**" if row["test_item"] in winners else text
+    return texts
+
+
 def compact_table(comparison):
     """Returns a line a case with the time of every item: median ± standard deviation, the winners in bold."""
     lines = []
     for case in comparison.cases:
         line = {"model": case.label, "batch size": case.batch_size, **dict.fromkeys(comparison.items, "")}
-        winners = case.winners()
-        for row in case.rows:
-            text = median_text(row) + marks(row) if row["status"] == "ok" else row["status"]
-            line[row["test_item"]] = f"**{text}**" if row["test_item"] in winners else text
-        lines.append(line)
+        lines.append(line | times_of(case))
     text = table(lines, right={"batch size", *comparison.items})
     return paragraphs(text, legend(text), reasons(comparison))
 
