@@ -6,9 +6,9 @@
     python plot.py --publish     results/*.csv -> the tables in README.md and docs/, and the pictures in docs/
 
 The first two print tables and save pictures beside the (first) CSV, unless that is a published one; nothing that git
-tracks changes. Only rows of the same device, precision, weights, CPU threads, versions and phase share a table, and of
-steps that decode only those of the same context length. Of several rows of one case and item the latest counts. Exit
-code: 0, or 2 on bad input.
+tracks changes. Only rows of the same device, weights, CPU threads, versions and phase share a table or a panel of a
+picture, and of steps that decode only those of the same context length; precisions share a panel and README.md's table,
+all other tables have one. Of several rows of one case and item the latest counts. Exit code: 0, or 2 on bad input.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from harness.arguments import OneLineParser
 from harness.errors import UserError, print_error
-from harness.reports.comparison import compare, drop_superseded, read_rows
+from harness.reports.answer import answer_in_short, answer_tables
+from harness.reports.comparison import across_precisions, compare, drop_superseded, read_rows
 from harness.reports.overview import save_overview
 from harness.reports.pictures import save_pictures
 from harness.reports.tables import (
@@ -35,9 +36,9 @@ from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_RESULTS
 from harness.streams import protect_standard_streams
 
 DOCS = Path(__file__).resolve().parent / "docs"
-READMES = [DOCS.parent / "README.md", DOCS / "README.zh-CN.md"]
-LONG_PAGE = DOCS / "results.md"
+README, RESULTS_PAGE = DOCS.parent / "README.md", DOCS / "results.md"
 COVERAGE_PAGE, COVERAGE_PICTURE = DOCS / "coverage.md", DOCS / "coverage.png"
+SHORT_TABLES = (compact_table, bandwidth_table, verdict_table)
 
 
 def parse_arguments(arguments):
@@ -51,11 +52,6 @@ def parse_arguments(arguments):
     if options.publish and (options.files or options.long):
         parser.error("--publish takes nothing else: what is published comes from results/ only")
     return options
-
-
-def short_tables(comparisons):
-    """Returns for each setting the table of times, that of tokens a second, and the table of verdicts."""
-    return tables_under_headings(comparisons, compact_table, bandwidth_table, verdict_table)
 
 
 def tables_under_headings(comparisons, *tables):
@@ -74,7 +70,7 @@ def show(paths, as_long_table):
     if as_long_table:
         print(tables_under_headings(comparisons, long_table))
     else:
-        print(f"{CAPTION}\n{short_tables(comparisons)}")
+        print(f"{CAPTION}\n{tables_under_headings(comparisons, *SHORT_TABLES)}")
     sys.stdout.flush()
     if paths[0].resolve() not in (PUBLISHED_RESULTS.resolve(), PUBLISHED_COVERAGE.resolve()):
         save_pictures(comparisons, paths[0].parent)
@@ -88,24 +84,33 @@ def find_rows_to_show():
     return PUBLISHED_RESULTS
 
 
-def publish():
-    """Writes the tables in the READMEs and in docs/, and the pictures in docs/, from the published rows.
+def read_published(path):
+    """Returns the Comparisons of a published CSV's rows, less those that have been measured again since."""
+    comparisons = compare(drop_superseded(read_rows([path])))
+    if not comparisons:
+        raise UserError(f"{path} has no rows to publish")
+    return comparisons
 
-    Front pages and pictures have the newest rows of each case, the page of the long tables has all.
-    """
-    rows = read_rows([PUBLISHED_RESULTS])
-    newest = compare(drop_superseded(rows))
-    covered = compare(drop_superseded(read_rows([PUBLISHED_COVERAGE])))
-    if not newest or not covered:
-        raise UserError(f"{PUBLISHED_RESULTS} or {PUBLISHED_COVERAGE} has no rows to publish")
-    short, totals = short_tables(newest), totals_table(covered)
-    parts = {readme: {"results": short, "totals": totals} for readme in READMES}
-    parts[LONG_PAGE] = {"long": tables_under_headings(compare(rows), long_table)}
-    parts[COVERAGE_PAGE] = {"totals": totals, "coverage": tables_under_headings(covered, coverage_table)}
-    texts = {page: replace_parts(page, of_page) for page, of_page in parts.items()}
-    for page, text in texts.items():
+
+def make_pages(comparisons, covered):
+    """Returns {page: its text}, with the tables of the published comparisons in their places."""
+    answers, totals = across_precisions(comparisons), totals_table(covered)
+    parts = {
+        README: {"answer": answer_tables(answers), "short": answer_in_short(answers), "totals": totals},
+        RESULTS_PAGE: {"tables": tables_under_headings(comparisons, *SHORT_TABLES, long_table)},
+        COVERAGE_PAGE: {"totals": totals, "coverage": tables_under_headings(covered, coverage_table)},
+    }
+    return {page: replace_parts(page, of_page) for page, of_page in parts.items()}
+
+
+def publish():
+    """Writes the tables in README.md and docs/, and the pictures in docs/, from the published rows.
+"""
+    comparisons, covered = read_published(PUBLISHED_RESULTS), read_published(PUBLISHED_COVERAGE)
+    pages = make_pages(comparisons, covered)
+    for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
-    save_pictures(newest, DOCS)
+    save_pictures(comparisons, DOCS)
     # Half precision is what is deployed.
     save_overview(max(covered, key=lambda c: (len(c.cases), c.setting["precision"] == "fp16")), COVERAGE_PICTURE)
 

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 
+import plot
 from conftest import ROOT
-from harness.rows import COLUMNS
+from harness.rows import COLUMNS, PUBLISHED_COVERAGE, PUBLISHED_RESULTS
 from made_up_rows import row, write_csv
 
-PAGES = ("README.md", "docs/README.zh-CN.md", "docs/coverage.md", "docs/results.md")
+PAGES = ("README.md", "docs/coverage.md", "docs/results.md")
 LONG_HEADER = ["model_name", "test_item", "batch_size", "compile_time_s", "infer_time_mean_ms"]
 GRAPHS = "torch_compile_reduce_overhead"
 
@@ -132,7 +133,7 @@ def test_what_is_not_ok_says_so(show):
     assert ["some/model", "1", "3.20 ± 0.03", "wrong", "failed"] in table_rows(shown)
     assert "- some/model, batch size 1, torch_compile: wrong, `off`" in shown
     assert "- some/model, batch size 1, tvm: failed, `RuntimeError: a | b`" in shown
-    show([row("tvm", 1, None)])  # a picture without a single bar
+    show([row("tvm", 1, None)])  # a picture without a single point
 
 
 def test_marks_are_explained_where_they_occur(show, tmp_path):
@@ -203,7 +204,8 @@ def test_own_rows_come_before_published_ones_and_nothing_published_changes(comma
 
 def test_publishing_fills_the_pages_and_the_pictures(command, project):
     copy, write = project
-    write([row("torch", 1, 3.0), row("tvm", 1, 2.0)])
+    measured = [row("torch", 1, 3.0), row("tvm", 1, 2.0)]
+    write(measured)
     rows = [row("torch", 1, 3.0), row("torch_compile", 1, 1.5, warnings="x"), row("tvm", 1, 12.0)]
     rows += [row(item, 1, median, model_name="other/model") for item, median in [("torch", 2.0), ("tvm", None)]]
     rows += [row(item, 8, median) for item, median in [("torch", 2.0), ("tvm", 2.001)]]
@@ -211,10 +213,13 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
     write([row("torch", 1, 99.0)], "results/local/benchmark.csv")
     done = command(copy / "plot.py", "--publish")
     assert done.returncode == 0 and not done.stdout + done.stderr
-    for readme in (copy / "README.md", copy / "docs" / "README.zh-CN.md"):
-        assert ["some/model", "1", "3.00 ± 0.03", "**2.00 ± 0.02**"] in table_rows(part(readme, "results"))
-        assert any("pays off" in cell for line in table_rows(part(readme, "results")) for cell in line)
-    assert ["some/model", "tvm", "1", "7.2", "2.020"] in table_rows(part(copy / "docs" / "results.md", "long"))
+    answer = table_rows(part(copy / "README.md", "answer"))
+    assert ["model", "fp32", "1", "3.00 ± 0.03", "**2.00 ± 0.02**", "1.50x"] in answer
+    assert "the fastest item is tvm in 1" in part(copy / "README.md", "short")
+    tables = table_rows(part(copy / "docs" / "results.md", "tables"))
+    assert ["some/model", "1", "3.00 ± 0.03", "**2.00 ± 0.02**"] in tables
+    assert ["some/model", "tvm", "1", "7.2", "2.020"] in tables
+    assert any("pays off" in cell for line in tables for cell in line)
     assert (copy / "docs" / "some_model_infer_time.png").read_bytes().startswith(b"\x89PNG")
     assert (copy / "docs" / "coverage.png").read_bytes().startswith(b"\x89PNG")
     covered = part(copy / "docs" / "coverage.md", "coverage")
@@ -222,13 +227,29 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
     assert ["some/model", "1", "3.00 ± 0.03 ms", "**2.00x fasterᵈ**", "4.00x slower"] in table_rows(covered)
     assert ["some/model", "8", "**2.00 ± 0.02 ms**", "", "**level**"] in table_rows(covered)
     assert "- other/model, batch size 1, tvm: failed, `RuntimeError: a | b`" in covered
-    for name in ("README.md", "docs/README.zh-CN.md", "docs/coverage.md"):
+    for name in ("README.md", "docs/coverage.md"):
         totals = table_rows(part(copy / name, "totals"))
         assert ["GPU A", "fp32", "torch", "3 of 3", "/", "0", "1"] in totals
         assert ["GPU A", "fp32", "torch_compile", "1 of 1", "1", "1", "0"] in totals
         assert ["GPU A", "fp32", "tvm", "2 of 3", "0", "0", "1"] in totals
     before = snapshot(copy)
     assert command(copy / "plot.py", "--publish").returncode == 0 and snapshot(copy) == before
+
+
+def test_the_published_pages_say_what_the_published_rows_say():
+    """Every figure in their generated parts: what is stale here wants `python plot.py --publish`."""
+    pages = plot.make_pages(*map(plot.read_published, (PUBLISHED_RESULTS, PUBLISHED_COVERAGE)))
+    assert {ROOT / name for name in PAGES} == set(pages)
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, page
+
+
+def test_the_chinese_page_has_no_generated_part():
+    """It links to the tables and shows the same pictures, so that nothing in it ages when rows are published."""
+    text = (ROOT / "docs" / "README.zh-CN.md").read_text(encoding="utf-8")
+    assert "plot.py writes this part" not in text and " ± " not in text.replace("中位数 ± 标准差", "")
+    for target in ("../README.md", "results.md", *(name.name for name in (ROOT / "docs").glob("*_infer_time.png"))):
+        assert f"]({target})" in text, target
 
 
 def test_publishing_changes_no_page_where_one_lacks_its_place(command, project):
