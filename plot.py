@@ -3,7 +3,8 @@
 
     python plot.py               your own rows (results/local/benchmark.csv), the published ones where there are none
     python plot.py A.csv B.csv   the rows of all of them
-    python plot.py --publish     results/*.csv -> the tables in README.md and docs/, and the pictures in docs/
+    python plot.py --publish     results/*.csv -> the tables in README.md and docs/, and the pictures in docs/; rows of
+                                 benchmark.csv that have been measured again since go to history.csv.gz
 
 The first two print tables and save pictures beside the (first) CSV, unless that is a published one; nothing that git
 tracks changes. Only rows of the same device, weights, CPU threads, versions and phase share a table or a panel of a
@@ -20,6 +21,7 @@ from harness.arguments import OneLineParser
 from harness.errors import UserError, print_error
 from harness.reports.answer import answer_in_short, answer_tables
 from harness.reports.comparison import across_precisions, compare, drop_superseded, read_rows
+from harness.reports.history import move_superseded
 from harness.reports.overview import save_overview
 from harness.reports.pictures import save_pictures
 from harness.reports.tables import (
@@ -32,7 +34,7 @@ from harness.reports.tables import (
     totals_table,
     verdict_table,
 )
-from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_RESULTS
+from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_HISTORY, PUBLISHED_RESULTS
 from harness.streams import protect_standard_streams
 
 DOCS = Path(__file__).resolve().parent / "docs"
@@ -72,7 +74,8 @@ def show(paths, as_long_table):
     else:
         print(f"{CAPTION}\n{tables_under_headings(comparisons, *SHORT_TABLES)}")
     sys.stdout.flush()
-    if paths[0].resolve() not in (PUBLISHED_RESULTS.resolve(), PUBLISHED_COVERAGE.resolve()):
+    published = (PUBLISHED_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_HISTORY)
+    if paths[0].resolve() not in [path.resolve() for path in published]:
         save_pictures(comparisons, paths[0].parent)
 
 
@@ -105,9 +108,12 @@ def make_pages(comparisons, covered):
 
 def publish():
     """Writes the tables in README.md and docs/, and the pictures in docs/, from the published rows.
-"""
+
+    Superseded rows leave the published CSV first; tables and pictures are the same before and after.
+    """
     comparisons, covered = read_published(PUBLISHED_RESULTS), read_published(PUBLISHED_COVERAGE)
     pages = make_pages(comparisons, covered)
+    move_superseded(PUBLISHED_RESULTS, PUBLISHED_HISTORY)
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
     save_pictures(comparisons, DOCS)

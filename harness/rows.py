@@ -14,6 +14,7 @@ from harness.errors import UserError, warn
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED_RESULTS, PUBLISHED_COVERAGE = RESULTS / "benchmark.csv", RESULTS / "coverage.csv"
+PUBLISHED_HISTORY = RESULTS / "history.csv.gz"  # rows that were published once: harness/reports/history.py
 LOCAL = RESULTS / "local"  # a user's own rows, pictures and schedules; ignored by git
 LOCAL_RESULTS = LOCAL / "benchmark.csv"
 
@@ -113,8 +114,7 @@ def append_row(path, row, unless=()):
     cut off. Nothing is appended where the item's latest row, which another process may have written meanwhile, has one
     of the statuses in `unless`.
     """
-    with path.open("a+b", buffering=0) as file:
-        lock(file, path)
+    with open_locked(path) as file:
         file.seek(0)
         content = file.read()
         if unless and find_statuses_in(content, row).get(row["test_item"]) in unless:
@@ -137,6 +137,24 @@ def append_row(path, row, unless=()):
             with contextlib.suppress(OSError):
                 file.truncate(end)  # a disk that is full may have taken a part
             raise
+
+
+def open_locked(path):
+    """Returns a file opened for appending, and made where there is none, with the lock on it.
+
+    Where another process has put a new file in its place before the lock was had, it is that one.
+    """
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            lock(file, path)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def lock(file, path):

@@ -1,8 +1,10 @@
 """Which rows may stand side by side: read from CSVs and checked, the latest of each, grouped by setting and by case."""
 
 import csv
+import gzip
 import re
 import typing
+import zlib
 from collections import defaultdict
 
 from harness.errors import UserError
@@ -65,13 +67,18 @@ class Comparison(typing.NamedTuple):
 
 
 def read_rows(paths):
-    """Returns the latest row of each KEY and item in the CSVs, with three columns more.
+    """Returns the latest row of each KEY and item in the CSVs, as find_latest() returns them."""
+    return find_latest([row for path in paths for row in read_csv(path)])
+
+
+def find_latest(rows):
+    """Returns the latest row of each KEY and item, with three columns more.
 
     `depth` says how a model was cut ("4 of 24 layers"), which the CSV has behind the kind of weights, `sample_shape` is
     the inputs' shape without the batch, and `label` the name that the model has in tables. Rows of versions that knew
     no phase are of a forward pass.
     """
-    rows = [row for path in paths for row in read_csv(path)]
+    rows = [dict(row) for row in rows]
     for row in rows:
         row["weights"], _, row["depth"] = row["weights"].partition(", ")
         row["phase"] = row["phase"] or "forward"
@@ -85,18 +92,18 @@ def read_rows(paths):
 def read_csv(path):
     """Returns the rows of a CSV as dicts of text; raises UserError where it is none of benchmark.py's.
 
-    A last line that a power failure left half written is no row.
+    One whose name ends in .gz is decompressed. A last line that a power failure left half written is no row.
     """
     rows = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing and missing != list(DECODE_COLUMNS):
                 raise UserError(f"{path} is not a CSV of this version's benchmark.py: it has no column {missing[0]}")
             for row in reader:
                 rows.append((f"{path}, line {reader.line_num}", row | dict.fromkeys(missing, "")))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if rows and None in rows[-1][1].values():
         del rows[-1]
@@ -195,7 +202,7 @@ def drop_superseded(rows):
     """Returns the rows less those that were measured again, every item of the case, with other versions or threads.
 
     And less those of a case that has the same items and more in another setting: half a sweep says nothing of what
-    wins. What is published on a front page is the newest; the rest stays in the CSV and in the tables of all rows.
+    wins. What is published is the newest; the rest goes to the history.
     """
     cases = defaultdict(lambda: defaultdict(list))
     for row in rows:
