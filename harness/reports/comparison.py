@@ -202,7 +202,7 @@ def drop_superseded(rows):
     """Returns the rows less those that were measured again, every item of the case, with other versions or threads.
 
     And less those of a case that has the same items and more in another setting: half a sweep says nothing of what
-    wins. What is published is the newest; the rest goes to the history.
+    wins. What is published is the newest; the rest goes to the history, and no longer has a say in the models' labels.
     """
     cases = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -217,4 +217,5 @@ def drop_superseded(rows):
             if not items <= measured and not any(items < others for others in items_of_settings):
                 kept += group
             measured |= items
+    label_models(kept)
     return kept
