@@ -12,6 +12,8 @@ from tvm_items.templates.attention_task import read_attention
 from tvm_items.templates.gemv import GemvTemplate, is_gemv
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
+from tvm_items.templates.row_reduction import RowReductionTemplate
+from tvm_items.templates.row_task import find_row_task
 from tvm_items.templates.wgmma import WgmmaTemplate
 
 FIRST_TEMPLATE = 100
@@ -30,7 +32,8 @@ def find_templates(module, target):
         return attention_templates(attention, limit)
     task = find_product_task(module)
     if task is None:
-        return []
+        rows = find_row_task(module)
+        return [] if rows is None else [RowReductionTemplate(rows)]
     templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
     if task.rows.extent < MIN_MMA_ROWS or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
         return templates

@@ -1,0 +1,137 @@
+"""The template for reductions along rows: its kernels, run on the CPU, are right for odd shapes and what is around."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from conftest import H200
+from cuda_emulator import emulate, generate
+from products import random_fitting
+from tvm_items.importer import export_for_tvm
+from tvm_items.kernels import compile_candidate
+from tvm_items.lowering import tir_pipeline
+from tvm_items.measure import build
+from tvm_items.relax_module import tuned_module
+from tvm_items.target import load_target
+from tvm_items.tasks import extract_tasks
+from tvm_items.templates.find import find_templates
+from tvm_items.templates.row_reduction import PARAMETERS, RowReductionTemplate
+
+
+class Rows(torch.nn.Module):
+    """Row reductions as models have them, each a task of its own: norms, a softmax, a mean, one with two inputs."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.weight, self.norm = torch.nn.Parameter(torch.rand(columns)), torch.nn.LayerNorm(columns)
+        torch.nn.init.normal_(self.norm.weight)
+        torch.nn.init.normal_(self.norm.bias)
+
+    def rms_norm(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * y.to(x.dtype)
+
+    def forward(self, x, y):
+        images = y.reshape(y.shape[0], -1, 5, y.shape[-1] // 5)
+        return self.norm(x + y), self.rms_norm(y).relu(), torch.softmax(x, -1), images.mean((-1, -2)), (x * y).amax(-1)
+
+
+@torch.no_grad()
+def row_tasks(dtype, columns, rows=(2, 7)):
+    """Returns the Tasks of Rows."""
+    torch.manual_seed(0)
+    model = Rows(columns).eval().to(dtype)
+    inputs = {name: torch.randn(*rows, columns).to(dtype) for name in "xy"}
+    target = load_target(H200)
+    return extract_tasks(tuned_module(export_for_tvm(model, inputs), target)[0], target)
+
+
+def find_template(tvm, task):
+    (template,) = find_templates(tvm.ir.load_json(task.module_json), load_target(H200))
+    assert isinstance(template, RowReductionTemplate)
+    return template
+
+
+def make_arguments(task):
+    """Returns tensors for a task: normal noise, and for the output what is no number."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [getattr(torch, dtype) for dtype, _ in task.arguments]
+    tensors = [torch.randn(shape, generator=generator).to(d) for d, (_, shape) in zip(dtypes, task.arguments)]
+    tensors[-1].fill_(torch.nan)
+    return tensors
+
+
+def run_plain(tvm, task, arguments, path):
+    """Returns the output of a task as TVM computes it on the CPU, without a schedule.
+
+    As PyTorch does in fp32 where TVM would add up in fp16.
+    """
+    if task.name.startswith(("mean", "softmax")):
+        x = arguments[0].float()
+        return x.mean((-1, -2)) if task.name.startswith("mean") else torch.softmax(x, -1)
+    build(task.module_json, json.dumps({"kind": "llvm", "num-cores": 2}), None, path)
+    arguments = [argument.clone() for argument in arguments]
+    tvm.runtime.load_module(path)["main"](*map(tvm.runtime.from_dlpack, arguments))
+    return arguments[-1].float()
+
+
+@pytest.mark.parametrize(
+    "dtype, columns, parameters",
+    [
+        (torch.float16, 40, (4, 32, 4)),  # the last vectors of a row are not all inside, nor are the last rows
+        (torch.float16, 200, (8, 64, 8)),
+        (torch.float32, 40, (64, 128, 1)),  # two warps a row
+        pytest.param(torch.float32, 520, (32, 32, 4), marks=pytest.mark.slow),
+        pytest.param(torch.float16, 1040, (128, 512, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_reductions_along_rows(tvm, tmp_path, dtype, columns, parameters):
+    tasks = row_tasks(dtype, columns)
+    assert len(tasks) == 5
+    target, checked = load_target(H200), 0
+    for task in tasks:
+        template, arguments = find_template(tvm, task), make_arguments(task)
+        decisions = [values.index(value) for values, value in zip(PARAMETERS, parameters, strict=True)]
+        if not template.fits(decisions):
+            continue
+        checked += 1
+        expected = run_plain(tvm, task, arguments, str(tmp_path / f"{task.key}.so"))
+        for values in emulate(template.realize(decisions), target, arguments, tir_pipeline()):
+            error = (values[-1].float() - expected).norm() / expected.norm()
+            assert error < (1e-6 if dtype == torch.float32 else 1e-3), task.name
+            assert all(map(torch.equal, values[:-1], arguments[:-1]))
+    assert checked >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_is_read_once_in_vectors_and_kernels_compile_for_hopper(tvm, dtype):
+    target = load_target(H200)
+    for task in row_tasks(dtype, 1280):
+        template = find_template(tvm, task)
+        source, *_ = generate(template.realize(random_fitting(template, random.Random(0))), target, tir_pipeline())
+        with target:
+            assert bytes(compile_candidate(source)).startswith(b"\x7fELF")
+        if "layer_norm" in task.name:  # 64 threads with 3 vectors of 8 columns each
+            source, *_ = generate(template.realize([4, 2, 3]), target, tir_pipeline())
+            assert source.count("*(uint4*)(argument0") == source.count("*(uint4*)(argument1") == 3
+
+
+class Others(torch.nn.Module):
+    """What is no reduction of rows, but for one sum: over the first axis, too short, and nothing reduced."""
+
+    def forward(self, x):
+        return x.sum(0), (x.sum(-1) + x[:, 0]).flip(0), torch.softmax(x[:, :8], -1), x * 2
+
+
+@torch.no_grad()
+def test_what_reduces_no_rows_is_left_alone(tvm):
+    target = load_target(H200)
+    module, _ = tuned_module(export_for_tvm(Others().eval(), {"x": torch.randn(32, 32)}), target)
+    found = {
+        task.name: bool(find_templates(tvm.ir.load_json(task.module_json), target))
+        for task in extract_tasks(module, target)
+    }
+    assert len(found) == 7 and [name for name, templates in found.items() if templates] == ["sum1"], found
