@@ -100,13 +100,12 @@ def called_functions(module):
     return re.findall(r"call_tir\((\w+),", module["main"].script())
 
 
-# In half precision one that has all that there is: LLVM takes 10 s for each.
+# In half precision one that has all that there is, on request: LLVM takes 10 s or more for each.
 @pytest.mark.parametrize(
     "kind, dtype",
     [
         *((kind, torch.float32) for kind in WHOLE),
-        ("repeated", torch.float16),
-        pytest.param("repeated", torch.bfloat16, marks=pytest.mark.slow),
+        *(pytest.param("repeated", dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16)),
     ],
 )
 @torch.no_grad()

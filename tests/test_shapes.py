@@ -69,14 +69,12 @@ LARGE_INSTANCES = {
     "musicgen": (4, "MusicgenForConditionalGeneration", f"{TEXT} decoder_input_ids=4x16"),
 }
 INSTANCES |= LARGE_INSTANCES
+TAKE_LONG = {*LARGE_INSTANCES, "slanet", "encodec", "neucodec"}
 
 
 @pytest.mark.parametrize(
     "model_type",
-    [
-        pytest.param(model_type, marks=pytest.mark.slow) if model_type in LARGE_INSTANCES else model_type
-        for model_type in INSTANCES
-    ],
+    [pytest.param(model_type, marks=pytest.mark.slow if model_type in TAKE_LONG else ()) for model_type in INSTANCES],
 )
 def test_what_a_family_is_fed(model_type):
     """Its forward() takes it, on both sets of values, and gives numbers."""

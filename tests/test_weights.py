@@ -26,8 +26,8 @@ SMALL = {
     [
         ("resnet", {**TINY_RESNET, "depths": [3, 3]}),
         ("convnext", {"hidden_sizes": [16, 16, 16, 16], "depths": [2, 2, 4, 2], "num_labels": 10, "image_size": 64}),
-        ("vit", SMALL),
-        (
+        pytest.param("vit", SMALL, marks=pytest.mark.slow),
+        pytest.param(
             "swin",
             {
                 "embed_dim": 16,
@@ -37,10 +37,15 @@ SMALL = {
                 "image_size": 32,
                 "num_labels": 10,
             },
+            marks=pytest.mark.slow,
         ),
-        ("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}),
+        pytest.param("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}, marks=pytest.mark.slow),
         ("dinov3_vit", SMALL),  # has a parameter without elements
-        ("mobilenet_v2", {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10}),
+        pytest.param(
+            "mobilenet_v2",
+            {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10},
+            marks=pytest.mark.slow,
+        ),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 98}),
         ("t5", {"d_model": 64, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
     ],
