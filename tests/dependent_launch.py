@@ -43,8 +43,8 @@ def pipeline(actions):
         for name, function in module.functions_items():
             if actions and function.attrs and LAUNCH_PARAMS in function.attrs:
                 begin = [tvm.tirx.Evaluate(getattr(T.ptx.griddepcontrol, action)()) for action in actions]
-                # Without __restrict__: for that the compiler reads inputs through a cache that is not kept coherent with
-                # the kernel before, which still writes when this one begins.
+                # Without __restrict__: for that the compiler reads inputs through a cache that is not kept coherent
+                # with the kernel before, which still writes when this one begins.
                 function = function.without_attr("tirx.noalias")
                 function = function.with_body(tvm.tirx.SeqStmt([*begin, function.body]))
                 module[name] = function.with_attr(LAUNCH_PARAMS, [DEPENDENT, *function.attrs[LAUNCH_PARAMS]])
