@@ -7,10 +7,11 @@ MAX_PARTIAL_SUMS = 2**22  # of a task: 16 MiB, which stay in the L2 cache until 
 
 
 def make_module(task, parts, emit_kernel):
-    """Returns an IRModule whose "main" launches a product's kernel and, where sums are split, their addition.
+    """Returns an IRModule whose "main" launches a task's kernel and, where a product's sums are split, their addition.
 
-    task: a ProductTask. parts: of each sum. emit_kernel(buffers, partial) emits the launch; buffers: {parameter:
-    buffer}; partial: a buffer for parts of sums, as (part, batch, row, column), None where there is one part only.
+    task: a ProductTask, or with one part a RowTask. parts: of each sum. emit_kernel(buffers, partial) emits the launch;
+    buffers: {parameter: buffer}; partial: a buffer for parts of sums, as (part, batch, row, column), None where there
+    is one part only.
     """
     import tvm
     from tvm.script.ir_builder import IRBuilder

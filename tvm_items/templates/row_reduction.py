@@ -8,6 +8,7 @@ import dataclasses
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.expressions import dtype_of, find, loads_of
+from tvm_items.templates.product_module import make_module
 from tvm_items.templates.product_task import on_buffers
 from tvm_items.templates.row_task import RowTask, read
 
@@ -53,21 +54,10 @@ class RowReductionTemplate:
 
     def realize(self, decisions):
         """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
-        import tvm
-        from tvm.script.ir_builder import IRBuilder
-        from tvm.tirx.script.builder import ir as build
-
         if not self.fits(decisions):
             raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
-        with IRBuilder() as builder, build.prim_func():
-            build.func_name("main")
-            build.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": "main"})
-            buffers = {}
-            for number, parameter in enumerate(self.task.parameters):
-                shape = [int(size) for size in parameter.shape]
-                buffers[parameter] = build.arg(f"argument{number}", build.buffer(shape, str(parameter.dtype)))
-            Kernel(self.task, buffers, *self.read(decisions)).emit()
-        return tvm.IRModule({"main": builder.get()})
+        parameters = self.read(decisions)
+        return make_module(self.task, 1, lambda buffers, _: Kernel(self.task, buffers, *parameters).emit())
 
 
 class Kernel:
