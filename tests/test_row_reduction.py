@@ -126,6 +126,19 @@ class Others(torch.nn.Module):
         return x.sum(0), (x.sum(-1) + x[:, 0]).flip(0), torch.softmax(x[:, :8], -1), x * 2
 
 
+def test_rows_that_read_one_another_are_left_alone(tvm):
+    """A softmax whose second half reads what is of the row before it."""
+    from tvm import te, topi
+
+    x = te.placeholder((8, 32), name="x")
+    softmax = topi.nn.softmax(x)
+    shifted = te.compute((8, 32), lambda i, j: softmax[i, j] * x[(i + 7) % 8, j])
+    module = tvm.IRModule({"main": te.create_prim_func([x, shifted])})
+    assert not find_templates(module, load_target(H200))
+    plain = tvm.IRModule({"main": te.create_prim_func([x, topi.multiply(softmax, x)])})
+    assert len(find_templates(plain, load_target(H200))) == 1
+
+
 @torch.no_grad()
 def test_what_reduces_no_rows_is_left_alone(tvm):
     target = load_target(H200)

@@ -21,6 +21,7 @@ from tvm_items.templates.expressions import (
 from tvm_items.templates.product_task import MAX_ELEMENTS, buffer_shape
 
 MIN_COLUMNS, MAX_COLUMNS = 16, 32768
+DTYPES = ("float32", "float16", "bfloat16")  # of what is in memory for each place
 
 
 @dataclasses.dataclass
@@ -171,10 +172,14 @@ def add_step(task, step):
                 return False
         elif find(source, dict.fromkeys(task.parameters, True)) is None:
             return False
-        elif not step.of_rows and is_at(load, whole_row) and not any(source.same_as(other) for other in task.whole):
-            task.whole.append(source)
+        elif not step.of_rows and math.prod(buffer_shape(source)) == task.rows * task.columns:
+            if not is_at(load, whole_row) or str(source.dtype) not in DTYPES:
+                return False  # the kernel has a row's elements in the threads that have their places
+            if not any(source.same_as(other) for other in task.whole):
+                task.whole.append(source)
     task.steps.append(step)
-    return True
+    is_kept = find(step.output, dict.fromkeys(task.parameters, True)) is None or step.reduces or step.of_rows
+    return is_kept or str(step.output.dtype) in DTYPES
 
 
 def read(expression, positions, at_place, buffers):
