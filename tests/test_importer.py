@@ -83,6 +83,22 @@ def test_operators_that_the_importer_lacks():
     assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
 
 
+def test_memory_read_in_another_order_and_numbers_that_tvm_cannot_make():
+    """Windows that overlap as in Longformer, infinite numbers as in Llama 4, a quantile as in Gemma 3n."""
+
+    class Awkward(torch.nn.Module):
+        def forward(self, pixel_values):
+            swapped = pixel_values.transpose(0, 1)  # strides 1 and 4
+            windows = swapped.as_strided((2, 4, 2), (4, 1, 4), 0) * 2
+            hidden = torch.where(pixel_values > 0, pixel_values, torch.full_like(pixel_values, -torch.inf)).exp()
+            quantile = torch.special.erfinv(2 * torch.tensor(0.95) - 1)
+            return windows, hidden, pixel_values * quantile
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Awkward(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Awkward()(**inputs))) < 1e-6
+
+
 def test_indices_along_several_axes_belong_together():
     """As in ConvBERT's windows; with an axis before, behind and between."""
 

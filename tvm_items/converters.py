@@ -288,6 +288,38 @@ def convert_cumulative_extreme(name, node, importer):
     return importer.block_builder.emit(relax.Tuple([values, values]))
 
 
+def convert_as_strided(node, importer):
+    """Converts a view of a tensor's memory, such as windows that overlap; its axes may lie there in another order."""
+    from tvm import relax, te
+
+    source, size, strides, *offset = node.args
+    offset = offset[0] if offset else node.kwargs.get("storage_offset") or 0
+    value = source.meta["val"]
+    order = sorted(range(value.ndim), key=lambda axis: value.stride(axis), reverse=True)
+    if value.storage_offset() or not value.permute(order).is_contiguous():
+        raise NotImplementedError("as_strided() of a part of what lies in memory")
+
+    def read(flat):
+        def element(*place):
+            return flat(sum((i * stride for i, stride in zip(place, strides)), offset))
+
+        return te.compute(size, element, name="as_strided")
+
+    in_memory = importer.block_builder.emit(relax.op.permute_dims(importer.env[source], order))
+    return importer.block_builder.emit_te(read, importer.block_builder.emit(relax.op.reshape(in_memory, (-1,))))
+
+
+def convert_fill(convert, node, importer):
+    """Converts a tensor of one number, which may not be infinite in TVM's kernel. convert: TVM's converter."""
+    from tvm import relax
+
+    number, value = node.args[1], node.meta["val"]
+    if not isinstance(number, float) or math.isfinite(number) or not value.is_floating_point():
+        return getattr(importer, convert)(node)
+    constant = relax.const(number, str(value.dtype).removeprefix("torch."))
+    return importer.block_builder.emit(relax.op.broadcast_to(constant, tuple(value.shape)))
+
+
 def convert_known_value(node, importer):
     """Converts a value that fold_known_values() has put into the graph; a copy of anything else is that itself."""
     from tvm import relax
@@ -304,6 +336,9 @@ CONVERTERS = {
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
     "unfold.default": convert_unfold,
+    "as_strided.default": convert_as_strided,
+    "full.default": functools.partial(convert_fill, "_full"),
+    "full_like.default": functools.partial(convert_fill, "_full_like"),
     "index.Tensor": convert_index,
     "index_put.default": convert_index_put,
     "scatter_reduce.two": convert_scatter_reduce,

@@ -8,6 +8,7 @@ import unittest.mock
 import torch
 
 from tvm_items.attention import SDPA, convert_attention, decompose_attention
+from tvm_items.complex_numbers import make_real
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     clamp_integers_at_both_ends,
@@ -22,7 +23,7 @@ from tvm_items.exported_graph import (
     subtract_integers_by_adding,
 )
 from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
-from tvm_items.known_values import fix_layout, fold_known_values, has_unknown_sizes, known_values
+from tvm_items.known_values import fix_layout, fold_known_values, fold_what_tvm_lacks, has_unknown_sizes, known_values
 
 aten = torch.ops.aten
 
@@ -101,6 +102,8 @@ def import_to_relax(exported):
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
 
+    fold_what_tvm_lacks(exported)
+    make_real(exported)
     subtract_integers_by_adding(exported.graph)
     count_indices_from_the_front(exported)
     clamp_integers_at_both_ends(exported.graph)
