@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tvm_items.exported_graph import SAME_VALUES, find_constants
+from tvm_items.exported_graph import SAME_VALUES, find_constants, insert_call
 from tvm_items.known_values import insert_value
 
 MAX_TRANSFORM = 4096  # values along an axis: a matrix of 64 MiB
@@ -92,11 +92,7 @@ class Rewriter:
 
     def call(self, target, *args, **kwargs):
         """Returns a new node of an operator, in front of the node that is being rewritten."""
-        with self.exported.graph.inserting_before(self.node):
-            node = self.exported.graph.call_function(target, args, kwargs)
-        args, kwargs = torch.fx.map_arg((args, kwargs), without_values)
-        node.meta["val"] = target(*args, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})
-        return node
+        return insert_call(self.node, target, *args, **kwargs)
 
     def both(self, value):
         """Returns a node's real and imaginary part, the second one zeros where it is real; of a number, these."""
@@ -128,12 +124,6 @@ class Rewriter:
 
     def negative(self, part):
         return part if part is None else self.call(aten.neg.default, part)
-
-
-def without_values(node):
-    """Returns a tensor of a node's form on the device `meta`, which has no values."""
-    value = node.meta["val"]
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 # ---- Operators: of the rewriter and a node's arguments; (real part, imaginary part), or a node where that is real ----

@@ -1,6 +1,7 @@
 """What TVM's importer refuses or gets wrong, rewritten in the exported graph before the import."""
 
 import torch
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
@@ -171,3 +172,20 @@ def add_to_negatives(graph, user, index, size):
     value = index.meta["val"]
     is_negative.meta["val"], from_the_front.meta["val"], counted.meta["val"] = value < 0, value + size, value
     return counted
+
+
+def insert_call(user, target, *args, **kwargs):
+    """Returns a new node of an operator in front of the node `user`."""
+    with user.graph.inserting_before(user):
+        node = user.graph.call_function(target, args, kwargs)
+    args, kwargs = torch.fx.map_arg((args, kwargs), without_values)
+    node.meta["val"] = target(*args, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})
+    return node
+
+
+def without_values(node):
+    """Returns what has the form of a node's tensors, on the device `meta`, which has no values."""
+    return tree_map(
+        lambda value: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"),
+        node.meta["val"],
+    )

@@ -48,9 +48,15 @@ def fix_layout(model, inputs):
 
 
 @contextlib.contextmanager
-def known_values():
-    """Makes torch.export keep the values of what does not depend on the inputs while it lasts."""
+def known_values(model):
+    """Makes torch.export of a model keep the values of what does not depend on the inputs while it lasts."""
     dispatch = fake_tensor.FakeTensorMode._dispatch_impl
+    convert = fake_tensor.FakeTensorConverter.from_real_tensor
+    numbers = {id(buffer) for buffer in model.buffers() if not buffer.dtype.is_floating_point}
+
+    def convert_and_keep(converter, mode, tensor, make_constant=False, *args, **kwargs):
+        is_known = make_constant or (id(tensor) in numbers and mode.may_turn_const(tensor))
+        return convert(converter, mode, tensor, is_known, *args, **kwargs)
 
     def dispatch_and_keep(mode, func, types, args, kwargs):
         sizes = tree_leaves((args, kwargs))
@@ -64,15 +70,25 @@ def known_values():
     with (
         unittest.mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", MAX_KNOWN),
         unittest.mock.patch.object(fake_tensor.FakeTensorMode, "_dispatch_impl", dispatch_and_keep),
+        unittest.mock.patch.object(fake_tensor.FakeTensorConverter, "from_real_tensor", convert_and_keep),
     ):
         fake_tensor.FakeTensorMode.cache_clear()  # of results without values
         yield
 
 
 def has_unknown_sizes(exported):
-    """Returns whether the graph of an ExportedProgram computes a size from values of tensors."""
-    values = (node.meta.get("val") for node in exported.graph.nodes)
-    return any(isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) for value in values)
+    """Returns whether a size in the graph of an ExportedProgram depends on values of tensors."""
+    return any(map(has_unknown_size, exported.graph.nodes))
+
+
+def has_unknown_size(node):
+    """Returns whether a node is a number that values decide, or a tensor with such a size."""
+    values = tree_leaves(node.meta.get("val"))
+    return any(any(map(is_unknown, v.shape if isinstance(v, torch.Tensor) else [v])) for v in values)
+
+
+def is_unknown(size):
+    return isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 # ---- In the exported graph ------------------------------------------------------------------------------------------
