@@ -84,7 +84,7 @@ def test_operators_that_the_importer_lacks():
 
 
 def test_memory_read_in_another_order_and_numbers_that_tvm_cannot_make():
-    """Windows that overlap as in Longformer, infinite numbers as in Llama 4, a quantile as in Gemma 3n."""
+    """Windows that overlap as in Longformer, infinite numbers as in Llama 4, a quantile as in Gemma 3n, no element."""
 
     class Awkward(torch.nn.Module):
         def forward(self, pixel_values):
@@ -92,7 +92,9 @@ def test_memory_read_in_another_order_and_numbers_that_tvm_cannot_make():
             windows = swapped.as_strided((2, 4, 2), (4, 1, 4), 0) * 2
             hidden = torch.where(pixel_values > 0, pixel_values, torch.full_like(pixel_values, -torch.inf)).exp()
             quantile = torch.special.erfinv(2 * torch.tensor(0.95) - 1)
-            return windows, hidden, pixel_values * quantile
+            nothing = pixel_values[:0].reshape(2, 0, 4)
+            grown = torch.cat([pixel_values.expand(2, 3, 4), nothing], dim=1)
+            return windows, hidden, pixel_values * quantile, grown
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Awkward(), inputs, make_case(ResNetConfig()))

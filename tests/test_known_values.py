@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import ResNetConfig
+from transformers import ResNetConfig, masking_utils
 
 import benchmark
 from conftest import make_case
@@ -17,6 +17,10 @@ class Patches(torch.nn.Module):
 
     main_input_name = "pixel_values"
 
+    def __init__(self):
+        super().__init__()
+        self.stride = torch.nn.Buffer(torch.tensor(2))
+
     def forward(self, pixel_values, grid_thw):
         parts = pixel_values.split(grid_thw.prod(-1).tolist())
         rows = torch.repeat_interleave(grid_thw[:, 1], grid_thw[:, 0])
@@ -24,7 +28,9 @@ class Patches(torch.nn.Module):
         places = torch.zeros(pixel_values.shape[0], dtype=torch.long)
         places[mask] = torch.arange(pixel_values.shape[0])[mask]
         means = torch.stack([part.mean(0) for part in parts])
-        return means * rows[:, None], pixel_values.cumsum(0)[places[mask]]
+        padded = torch.nn.functional.pad(pixel_values, (0, int(self.stride)))
+        counts = torch.tensor([part.shape[0] + grid_thw[0, 1] for part in parts])
+        return means * rows[:, None], pixel_values.cumsum(0)[places[mask]], padded * counts[0]
 
 
 def test_sizes_that_depend_on_a_grid():
@@ -34,6 +40,21 @@ def test_sizes_that_depend_on_a_grid():
         expected = [output.numpy() for output in Patches()(**inputs)]
         assert relative_error(output_arrays(run()), expected) < 1e-6
         inputs["pixel_values"].normal_()
+
+
+def test_a_mask_of_ones_is_left_out_where_a_trace_cannot_use_it():
+    class Masked(torch.nn.Module):
+        def forward(self, pixel_values, attention_mask):
+            if masking_utils.is_tracing(attention_mask) or not attention_mask.all():
+                raise ValueError("a mask of another shape")
+            return pixel_values * 2
+
+    inputs = {"pixel_values": torch.randn(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+    run = benchmark.tvm_default(Masked(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), [2 * inputs["pixel_values"].numpy()]) < 1e-6
+    inputs["attention_mask"][0, 1] = 0
+    with pytest.raises(ValueError, match="a mask of another shape"):
+        export_for_tvm(Masked(), inputs)
 
 
 def test_sizes_that_depend_on_other_values_are_refused():

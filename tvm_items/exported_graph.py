@@ -123,13 +123,18 @@ def combine_booleans(graph):
 
 
 def drop_empty_parts(graph):
-    """Drops tensors without an element, and without the others' axes, from concatenations, in place.
+    """Drops tensors without an element from concatenations, in place, and makes those that are left anew.
 
-    XLM's cache of keys and values begins with one; TVM refuses it.
+    XLM's cache of keys and values begins with one. TVM refuses parts without the others' axes, and takes a size of 0 in
+    the shape of a reshape() for that of its input.
     """
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         parts, *rest = node.args
-        node.args = ([part for part in parts if part.meta["val"].shape != (0,)] or parts[:1], *rest)
+        node.args = ([part for part in parts if part.meta["val"].numel()] or parts[:1], *rest)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.Tensor) and not value.numel():
+            node.target, node.args, node.kwargs = aten.full.default, (list(value.shape), 0), {"dtype": value.dtype}
 
 
 def drop_numbers_from_output(exported):

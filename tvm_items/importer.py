@@ -24,7 +24,7 @@ from tvm_items.exported_graph import (
     subtract_integers_by_adding,
 )
 from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
-from tvm_items.known_values import fix_layout, fold_known_values, fold_what_tvm_lacks, has_unknown_sizes, known_values
+from tvm_items.known_values import fix_inputs, fold_known_values, fold_what_tvm_lacks, has_unknown_sizes, known_values
 from tvm_items.loops import loops_over_all_places
 from tvm_items.selected_rows import compute_all_rows
 
@@ -47,7 +47,7 @@ def export_for_tvm(model, inputs, whole_attention=False):
         table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         error = None
-        for export in (export_plainly, export_with_known_values, export_draft):
+        for export in (export_plainly, export_with_known_values, export_without_masks, export_draft):
             try:
                 exported = export(model, inputs, table)
             except Exception as export_error:
@@ -70,16 +70,26 @@ def export_plainly(model, inputs, table):
     return decompose(torch.export.export(model, (), inputs), table)
 
 
-def export_with_known_values(model, inputs, table):
+def export_with_known_values(model, inputs, table, masks=False):
     # The library's own checks of values, which eager PyTorch has passed, are traced as ones on unknown numbers.
     without_checks = unittest.mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
-    model, inputs = fix_layout(model, inputs)
+    model, inputs = fix_inputs(model, inputs, masks)
     with known_values(model), without_checks, loops_over_all_places(model):
         exported = export_plainly(model, inputs, table)
     fold_known_values(exported)
     if has_unknown_sizes(exported):
         compute_all_rows(exported)
     return exported
+
+
+def export_without_masks(model, inputs, table):
+    """Returns a program that has no masks where all of them let everything through, as the harness's own do.
+
+    Eager PyTorch leaves such masks out. What is traced keeps them, for whatever they may be, and there some models of
+    transformers 5.17 make masks of a shape that they cannot use.
+    """
+    with unittest.mock.patch("transformers.masking_utils.is_tracing", return_value=False):
+        return export_with_known_values(model, inputs, table, masks=True)
 
 
 def export_draft(model, inputs, table):

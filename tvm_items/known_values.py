@@ -9,7 +9,8 @@ import unittest.mock
 
 import torch
 from torch._subclasses import fake_tensor
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from harness.inputs import LAYOUT
 from tvm_items.exported_graph import find_constants
@@ -30,21 +31,29 @@ FACTORIES = {
 LACKING = {aten.erfinv.default}  # of TVM, and models give them numbers that they know
 
 
-class WithLayout(torch.nn.Module):
-    """A model with the inputs that only say how the others are laid out, such as grids of patches, as constants."""
+class WithKnownInputs(torch.nn.Module):
+    """A model with some of its inputs as constants."""
 
     def __init__(self, model, inputs):
         super().__init__()
         self.model = model
-        self.layout = {name: inputs[name].tolist() for name in LAYOUT if name in inputs}
+        self.known = {name: tensor.tolist() for name, tensor in inputs.items()}
 
     def forward(self, **inputs):
-        return self.model(**inputs, **{name: torch.tensor(values) for name, values in self.layout.items()})
+        return self.model(**inputs, **{name: torch.tensor(values) for name, values in self.known.items()})
 
 
-def fix_layout(model, inputs):
-    """Returns a model that needs no layout, and its inputs {name: tensor}."""
-    return WithLayout(model, inputs), {name: tensor for name, tensor in inputs.items() if name not in LAYOUT}
+def fix_inputs(model, inputs, fix_masks=False):
+    """Returns a model that needs only some of `inputs`, {name: tensor}, and these.
+
+    What only says how the others are laid out, such as a grid of patches, is fixed, and on request masks of ones are.
+    """
+    known = {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name in LAYOUT or (fix_masks and name.endswith("_mask") and not tensor.is_floating_point() and tensor.all())
+    }
+    return WithKnownInputs(model, known), {name: tensor for name, tensor in inputs.items() if name not in known}
 
 
 @contextlib.contextmanager
@@ -73,7 +82,17 @@ def known_values(model):
         unittest.mock.patch.object(fake_tensor.FakeTensorConverter, "from_real_tensor", convert_and_keep),
     ):
         fake_tensor.FakeTensorMode.cache_clear()  # of results without values
-        yield
+        with KnownNumbers():
+            yield
+
+
+class KnownNumbers(TorchFunctionMode):
+    """Makes torch.tensor() of numbers that tensors hold work in a trace, where these are known."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.tensor:
+            args = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) else value, args)
+        return function(*args, **(kwargs or {}))
 
 
 def has_unknown_sizes(exported):
