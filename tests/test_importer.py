@@ -127,7 +127,9 @@ def test_what_is_written_by_indices():
             means = pixel_values.scatter_reduce(1, places, pixel_values * 3, "mean", include_self=False)
             largest = pixel_values.scatter_reduce(1, places, pixel_values * 3, "amax", include_self=True)
             scattered = pixel_values.masked_scatter(pixel_values[:, :1] > 0, pixel_values.flip(0) * 5)
-            return rows, columns, masked, means, largest, scattered
+            in_order = pixel_values.clone()
+            in_order[torch.tensor([True, False, True])] = pixel_values[1:] * 2
+            return rows, columns, masked, means, largest, scattered, in_order
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))

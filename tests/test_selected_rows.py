@@ -44,10 +44,11 @@ def test_rows_that_a_mask_selects():
 
 
 class Experts(torch.nn.Module):
-    """A loop over the experts that were hit, as in DBRX. leak: what else it does."""
+    """A loop over the experts that were hit, as in DBRX and Switch Transformers. leak: what else it does."""
 
     def __init__(self, leak=None):
         super().__init__()
+        self.gates = torch.nn.ModuleDict({f"gate_{expert}": torch.nn.Linear(5, 5) for expert in range(3)})
         self.weight, self.leak = torch.nn.Parameter(torch.randn(3, 5, 5)), leak
 
     def forward(self, pixel_values):
@@ -57,7 +58,10 @@ class Experts(torch.nn.Module):
         hit = torch.greater(chosen_by.sum((-1, -2)), 0).nonzero()
         for expert in hit:
             rank, row = torch.where(chosen_by[expert[0]])
-            rows = torch.nn.functional.silu(pixel_values[row] @ self.weight[expert[0]])
+            gate = self.gates[f"gate_{expert[0]}"].to(pixel_values.dtype)
+            rows = torch.nn.functional.silu(gate(pixel_values[None, row])[0]) * (
+                pixel_values[row] @ self.weight[expert[0]]
+            )
             result.index_add_(0, row, rows * weights[row, rank, None])
             if self.leak == "another result":
                 last = self.weight[expert[0]].sum()

@@ -184,6 +184,10 @@ def convert_index_put(node, importer):
         mask = relax.op.reshape(importer.env[index], (*index_value.shape, *[1] * behind))
         values = relax.op.reshape(values, ()) if rest[0].meta["val"].numel() == 1 else values
         return emit(relax.op.where(mask, values, target))
+    is_in_order = axis == 0 and rest[0].meta["val"].ndim == 1 + behind  # a row for each place of a mask
+    if len(places) == 1 and index_value.dtype == torch.bool and is_in_order and not accumulate:
+        mask = relax.op.reshape(importer.env[index], (*index_value.shape, *[1] * behind))
+        return write_in_order(importer.block_builder, target, emit(mask), values, shape)
     if len(places) > 1 or index_value.dtype == torch.bool:
         return importer._index_put(node)
     count = index_value.numel()
@@ -235,11 +239,15 @@ def convert_scatter_add(node, importer):
 
 def convert_masked_scatter(node, importer):
     """Converts what is written in its order to the places that a mask names, as an image's features into a text."""
+    target, mask, values = (importer.env[argument] for argument in node.args)
+    return write_in_order(importer.block_builder, target, mask, values, list(node.args[0].meta["val"].shape))
+
+
+def write_in_order(builder, target, mask, values, shape):
+    """Emits what a target of `shape` becomes with one value after another at the places that a mask names."""
     from tvm import relax
 
-    emit = importer.block_builder.emit
-    target, mask, values = (importer.env[argument] for argument in node.args)
-    shape = list(node.args[0].meta["val"].shape)
+    emit = builder.emit
     places = emit(relax.op.broadcast_to(mask, shape))
     flat_places, flat_target, flat_values = (emit(relax.op.reshape(t, (-1,))) for t in (places, target, values))
     written = emit(relax.op.cumsum(emit(relax.op.astype(flat_places, "int64")), 0))  # up to each place, and it

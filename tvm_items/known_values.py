@@ -5,6 +5,7 @@ what depends on others for unknown: the exported graph then has sizes without a 
 """
 
 import contextlib
+import functools
 import unittest.mock
 
 import torch
@@ -80,6 +81,7 @@ def known_values(model):
         unittest.mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", MAX_KNOWN),
         unittest.mock.patch.object(fake_tensor.FakeTensorMode, "_dispatch_impl", dispatch_and_keep),
         unittest.mock.patch.object(fake_tensor.FakeTensorConverter, "from_real_tensor", convert_and_keep),
+        unittest.mock.patch.object(torch.nn.Module, "to", functools.partialmethod(convert_module, torch.nn.Module.to)),
     ):
         fake_tensor.FakeTensorMode.cache_clear()  # of results without values
         with KnownNumbers():
@@ -87,12 +89,21 @@ def known_values(model):
 
 
 class KnownNumbers(TorchFunctionMode):
-    """Makes torch.tensor() of numbers that tensors hold work in a trace, where these are known."""
+    """Makes torch.tensor() and texts of numbers that tensors hold work in a trace, where these are known."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.tensor:
+        if function is torch.tensor or (function is torch.Tensor.__format__ and not args[0].ndim):
             args = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) else value, args)
+            function = format if function is torch.Tensor.__format__ else function
         return function(*args, **(kwargs or {}))
+
+
+def convert_module(module, convert, *args, **kwargs):
+    """Calls torch.nn.Module.to(), as a model's forward() may, where there is something to do: a trace cannot."""
+    _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype and all(tensor.dtype == dtype for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    return convert(module, *args, **kwargs)
 
 
 def has_unknown_sizes(exported):
