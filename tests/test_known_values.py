@@ -57,14 +57,27 @@ def test_a_mask_of_ones_is_left_out_where_a_trace_cannot_use_it():
         export_for_tvm(Masked(), inputs)
 
 
-def test_sizes_that_depend_on_other_values_are_refused():
-    """draft_export() would make an empty slice of it, which writes nothing, without an error."""
+def test_rows_between_places_that_the_inputs_name():
+    """As in Aria's experts. draft_export() would write to the rows that the sample names, without an error."""
 
     class Writing(torch.nn.Module):
         def forward(self, pixel_values, ends):
             written = pixel_values.clone()
-            written[ends[0] : ends[1]] = 0.0
+            written[ends[0] : ends[1]] = pixel_values[ends[0] : ends[1]] * 3
+            written[ends[1] :] = 0.5
             return written
 
-    with pytest.raises(Exception, match=r"values of its inputs|data-dependent"):
-        export_for_tvm(Writing(), {"pixel_values": torch.randn(9, 3), "ends": torch.tensor([2, 5])})
+    inputs = {"pixel_values": torch.randn(9, 3), "ends": torch.tensor([2, 5])}
+    run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))
+    for ends in ([2, 5], [0, 9], [6, 4], [-3, -1]):
+        inputs["ends"].copy_(torch.tensor(ends))
+        assert relative_error(output_arrays(run()), output_arrays(Writing()(**inputs))) < 1e-6
+
+
+def test_sizes_that_depend_on_other_values_are_refused():
+    class Cutting(torch.nn.Module):
+        def forward(self, pixel_values, ends):
+            return pixel_values[ends[0] : ends[1]] * 2
+
+    with pytest.raises(NotImplementedError, match="as many outputs as a mask has places"):
+        export_for_tvm(Cutting(), {"pixel_values": torch.randn(9, 3), "ends": torch.tensor([2, 5])})

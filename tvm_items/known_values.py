@@ -89,13 +89,37 @@ def known_values(model):
 
 
 class KnownNumbers(TorchFunctionMode):
-    """Makes torch.tensor() and texts of numbers that tensors hold work in a trace, where these are known."""
+    """Makes torch.tensor() and texts of known numbers work in a trace, and slices between unknown ones.
+
+    Such a slice becomes a mask, for selected_rows.py.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.tensor or (function is torch.Tensor.__format__ and not args[0].ndim):
             args = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) else value, args)
             function = format if function is torch.Tensor.__format__ else function
+        elif function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and is_between_unknown(args[1]):
+            args = (args[0], mask_between(args[0].shape[0], args[1]), *args[2:])
         return function(*args, **(kwargs or {}))
+
+
+def is_between_unknown(places):
+    """Returns whether an index is a slice, all of whose rows count, with an end that depends on the inputs."""
+    if not isinstance(places, slice) or places.step not in (None, 1):
+        return False
+    ends = [end for end in (places.start, places.stop) if isinstance(end, torch.Tensor)]
+    return any(getattr(end, "constant", None) is None for end in ends)
+
+
+def mask_between(size, places):
+    """Returns which of `size` rows a slice names, whose ends may be tensors and count from the back, as a mask."""
+    row, mask = torch.arange(size), torch.ones(size, dtype=torch.bool)
+    for end, is_start in ((places.start, True), (places.stop, False)):
+        if end is not None:
+            end = torch.as_tensor(end)
+            end = torch.where(end < 0, end + size, end)
+            mask = mask & ((row >= end) if is_start else (row < end))
+    return mask
 
 
 def convert_module(module, convert, *args, **kwargs):

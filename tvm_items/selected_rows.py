@@ -65,14 +65,18 @@ def unknown_axes(value):
     return [axis for axis, size in enumerate(value.shape) if is_unknown(size)]
 
 
-def number_values(graph):
-    """Returns {node: number} of a graph, by which nodes have the same number that compute the same from the same."""
+def number_values(exported):
+    """Returns {node: number}, by which nodes have the same number that compute the same from the same."""
     numbers, known = {}, {}
-    for node in graph.nodes:
+    for node in exported.graph.nodes:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        is_single = node.op == "placeholder" or is_random
-        key = node.name if is_single else (node.op, node.target, repr(args), repr(kwargs))
+        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            key = node.name
+        elif node.op == "get_attr":
+            value = getattr(exported.graph_module, node.target)
+            key = (value.dtype, value.shape, repr(value.tolist()))
+        else:
+            key = (node.op, node.target, repr(args), repr(kwargs))
         numbers[node] = known.setdefault(key, len(known))
     return numbers
 
@@ -89,7 +93,7 @@ class Writer:
 
     def __init__(self, exported):
         self.exported, self.rows, self.node = exported, {}, None
-        self.numbers, self.flat_masks = number_values(exported.graph), {}
+        self.numbers, self.flat_masks = number_values(exported), {}
 
     def rewrite(self, node):
         self.node, target = node, node.target
