@@ -41,6 +41,7 @@ from harness.rows import RESULTS
 from harness.version import harness_version
 from harness.weights import load_on_device
 from small_configs import SIZES, default_config, small_config
+from tvm_items.executable import compile_module
 from tvm_items.importer import export_for_tvm, import_to_relax
 
 FAMILIES = RESULTS / "families.csv"
@@ -141,8 +142,7 @@ def generate_cuda(case):
     model, inputs = load_on_device(case, PRECISIONS[case.precision].dtype)
     module, _ = import_to_relax(export_for_tvm(model, inputs))
     options = {"relax.backend.use_cuda_graph": True, "tirx.disable_assert": True}
-    with tvm.transform.PassContext(opt_level=3, config=options):
-        tvm.compile(module, tvm.target.Target(json.loads(H200)))
+    compile_module(module, tvm.target.Target(json.loads(H200)), "default", options)
 
 
 def run_eager(case):
