@@ -257,21 +257,29 @@ def write_in_order(builder, target, mask, values, shape):
 
 
 def convert_grid_sampler(node, importer):
-    """Converts the reading of an image between its pixels, where TVM's kernel has the places' two numbers in front."""
+    """Converts the reading of an image between its pixels; TVM's kernel has the places' two numbers in front.
+
+    In fp32: in half precision the kernel's result has another dtype than TVM says.
+    """
     from tvm import relax
 
+    emit = importer.block_builder.emit
+    dtype = importer.env[node.args[0]].ty.dtype
     image, places = (importer.env[argument] for argument in node.args[:2])
+    if dtype != "float32":
+        image, places = (emit(relax.op.astype(argument, "float32")) for argument in (image, places))
     method, padding, align_corners = node.args[2:]
-    return importer.block_builder.emit(
+    read = emit(
         relax.op.image.grid_sample(
             image,
-            importer.block_builder.emit(relax.op.permute_dims(places, [0, 3, 1, 2])),
+            emit(relax.op.permute_dims(places, [0, 3, 1, 2])),
             method=("bilinear", "nearest", "bicubic")[method],
             layout="NCHW",
             padding_mode=("zeros", "border", "reflection")[padding],
             align_corners=align_corners,
         )
     )
+    return read if dtype == "float32" else emit(relax.op.astype(read, dtype))
 
 
 def convert_cumulative_extreme(name, node, importer):
