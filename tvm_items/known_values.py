@@ -95,7 +95,8 @@ class KnownNumbers(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.tensor or (function is torch.Tensor.__format__ and not args[0].ndim):
+        is_listed = function is torch.tensor and isinstance(args[0], (list, tuple))
+        if is_listed or (function is torch.Tensor.__format__ and not args[0].ndim):
             args = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) else value, args)
             function = format if function is torch.Tensor.__format__ else function
         elif function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and is_between_unknown(args[1]):
@@ -125,7 +126,8 @@ def mask_between(size, places):
 def convert_module(module, convert, *args, **kwargs):
     """Calls torch.nn.Module.to(), as a model's forward() may, where there is something to do: a trace cannot."""
     _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-    if dtype and all(tensor.dtype == dtype for tensor in (*module.parameters(), *module.buffers())):
+    numbers = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if dtype and all(tensor.dtype == dtype for tensor in numbers):
         return module
     return convert(module, *args, **kwargs)
 

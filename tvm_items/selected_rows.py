@@ -72,8 +72,7 @@ def number_values(exported):
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
         if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             key = node.name
-        elif node.op == "get_attr":
-            value = getattr(exported.graph_module, node.target)
+        elif node.op == "get_attr" and torch.is_tensor(value := getattr(exported.graph_module, node.target)):
             key = (value.dtype, value.shape, repr(value.tolist()))
         else:
             key = (node.op, node.target, repr(args), repr(kwargs))
