@@ -74,7 +74,7 @@ def test_operators_that_the_importer_lacks():
             countdown = torch.arange(3, -1, -1) * pixel_values
             windows = pixel_values.unfold(0, 2, 1) * 2
             nearest, place = pixel_values.min(-1)
-            place = place.clamp(min=1) + place.clamp(max=2)
+            place = place.clamp(min=1) + place.clamp(max=2) + place.int().clamp(min=1)
             summed = summed + (nearest * place).sum()
             return summed, largest, countdown, windows, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
 

@@ -336,6 +336,20 @@ def convert_fill(convert, node, importer):
     return importer.block_builder.emit(relax.op.broadcast_to(constant, tuple(value.shape)))
 
 
+def convert_clamp(node, importer):
+    """Converts clamp() to bounds in tensors, as type promotion makes those of int32: TVM adds infinite ones to them."""
+    from tvm import relax
+
+    low, high = (*node.args[1:], None, None)[:2]
+    if node.meta["val"].is_floating_point():
+        return importer._clamp(node)
+    value = importer.env[node.args[0]]
+    for bound, operator in ((low, relax.op.maximum), (high, relax.op.minimum)):
+        if bound is not None:
+            value = importer.block_builder.emit(operator(value, importer.env[bound]))
+    return value
+
+
 def convert_known_value(node, importer):
     """Converts a value that fold_known_values() has put into the graph; a copy of anything else is that itself."""
     from tvm import relax
@@ -351,6 +365,7 @@ CONVERTERS = {
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
+    "clamp.Tensor": convert_clamp,
     "unfold.default": convert_unfold,
     "as_strided.default": convert_as_strided,
     "full.default": functools.partial(convert_fill, "_full"),
