@@ -78,6 +78,26 @@ def test_experts_that_were_hit():
     check(Experts(), {"pixel_values": torch.randn(6, 5)})
 
 
+class Parts(torch.nn.Module):
+    """Products of parts whose sizes depend on the input, as in JetMoE. order: of the parts when they are joined."""
+
+    def __init__(self, order=1):
+        super().__init__()
+        self.weight, self.order = torch.nn.Parameter(torch.randn(3, 5, 5)), order
+
+    def forward(self, pixel_values):
+        sizes = torch.nn.functional.one_hot(pixel_values[:, :3].argmax(-1), 3).sum(0).tolist()
+        parts = pixel_values.split(sizes, dim=0)
+        return torch.cat([part @ weight for part, weight in zip(parts, self.weight)][:: self.order], dim=0)
+
+
+def test_parts_of_sizes_that_depend_on_the_input():
+    torch.manual_seed(0)
+    check(Parts(), {"pixel_values": torch.randn(6, 5)})
+    with pytest.raises(NotImplementedError, match="how many places a mask names"):
+        export_for_tvm(Parts(order=-1), {"pixel_values": torch.randn(6, 5)})
+
+
 @pytest.mark.parametrize("leak", ["another result", "other writes", "an early stop"])
 def test_a_loop_that_does_more_is_refused(leak):
     with pytest.raises(NotImplementedError, match="a loop over the places of a mask"):

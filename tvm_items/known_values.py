@@ -62,6 +62,7 @@ def known_values(model):
     """Makes torch.export of a model keep the values of what does not depend on the inputs while it lasts."""
     dispatch = fake_tensor.FakeTensorMode._dispatch_impl
     convert = fake_tensor.FakeTensorConverter.from_real_tensor
+    to_list = fake_tensor.FakeTensor.tolist
     numbers = {id(buffer) for buffer in model.buffers() if not buffer.dtype.is_floating_point}
 
     def convert_and_keep(converter, mode, tensor, make_constant=False, *args, **kwargs):
@@ -77,7 +78,11 @@ def known_values(model):
         is_small = mode.may_turn_const(value)
         return mode.fake_tensor_converter.from_real_tensor(mode, value, make_constant=is_small)
 
+    def to_list_of_tensors(tensor):  # numbers that are not known stay in tensors, which KnownNumbers reads
+        return list(tensor.unbind()) if tensor.ndim == 1 and is_unknown_number(tensor) else to_list(tensor)
+
     with (
+        unittest.mock.patch.object(fake_tensor.FakeTensor, "tolist", to_list_of_tensors),
         unittest.mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", MAX_KNOWN),
         unittest.mock.patch.object(fake_tensor.FakeTensorMode, "_dispatch_impl", dispatch_and_keep),
         unittest.mock.patch.object(fake_tensor.FakeTensorConverter, "from_real_tensor", convert_and_keep),
@@ -89,27 +94,60 @@ def known_values(model):
 
 
 class KnownNumbers(TorchFunctionMode):
-    """Makes torch.tensor() and texts of known numbers work in a trace, and slices between unknown ones.
+    """Makes torch.tensor() and texts of known numbers work in a trace, and slices and parts of unknown sizes.
 
-    Such a slice becomes a mask, for selected_rows.py.
+    Such slices and parts become rows that masks select, for selected_rows.py.
     """
 
+    def __init__(self):
+        super().__init__()
+        self.masks, self.size = [], None  # of the last tensor that was split: of each part; its rows
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        is_listed = function is torch.tensor and isinstance(args[0], (list, tuple))
+        kwargs = kwargs or {}
+        is_listed = function is torch.tensor and args and isinstance(args[0], (list, tuple))
         if is_listed or (function is torch.Tensor.__format__ and not args[0].ndim):
             args = tree_map(lambda value: value.item() if isinstance(value, torch.Tensor) else value, args)
             function = format if function is torch.Tensor.__format__ else function
         elif function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and is_between_unknown(args[1]):
             args = (args[0], mask_between(args[0].shape[0], args[1]), *args[2:])
-        return function(*args, **(kwargs or {}))
+        elif function in (torch.split, torch.Tensor.split) and any(map(is_unknown_number, tree_leaves(args[1]))):
+            return self.split(args[0], args[1], *args[2:], **kwargs)
+        elif function is torch.cat and args and self.are_parts(args[0]) and (*args[1:], *kwargs.values()) in ((), (0,)):
+            return self.join(args[0])
+        return function(*args, **kwargs)
+
+    def split(self, tensor, sizes, dim=0):
+        """Returns the parts of a tensor, whose sizes, numbers in tensors, add up to its first axis."""
+        if dim != 0:
+            raise NotImplementedError("parts of unknown sizes along another axis than the first")
+        ends = torch.stack(list(map(torch.as_tensor, sizes))).cumsum(0)
+        self.size = tensor.shape[0]
+        self.masks = [mask_between(self.size, slice(end - size, end)) for end, size in zip(ends, sizes)]
+        return tuple(tensor[mask] for mask in self.masks)
+
+    def are_parts(self, tensors):
+        """Returns whether tensors may be the parts that split() has made last, or what became of them."""
+        return len(tensors) == len(self.masks) and all(is_unknown(tensor.shape[0]) for tensor in tensors)
+
+    def join(self, parts):
+        """Returns what was split and is joined again: selected_rows.py refuses parts of another order."""
+        joined = parts[0].new_zeros((self.size, *parts[0].shape[1:]))
+        for mask, part in zip(self.masks, parts):
+            joined[mask] = part
+        return joined
+
+
+def is_unknown_number(value):
+    """Returns whether a value is a tensor of numbers that depend on the inputs."""
+    return isinstance(value, torch.Tensor) and getattr(value, "constant", None) is None
 
 
 def is_between_unknown(places):
     """Returns whether an index is a slice, all of whose rows count, with an end that depends on the inputs."""
     if not isinstance(places, slice) or places.step not in (None, 1):
         return False
-    ends = [end for end in (places.start, places.stop) if isinstance(end, torch.Tensor)]
-    return any(getattr(end, "constant", None) is None for end in ends)
+    return is_unknown_number(places.start) or is_unknown_number(places.stop)
 
 
 def mask_between(size, places):
