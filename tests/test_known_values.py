@@ -42,6 +42,19 @@ def test_sizes_that_depend_on_a_grid():
         inputs["pixel_values"].normal_()
 
 
+def test_known_values_in_bf16():
+    """As in TAPAS: NumPy, which hands them to TVM, has no such dtype."""
+
+    class Known(torch.nn.Module):
+        def forward(self, pixel_values):
+            mask = torch.ones(2, dtype=torch.bool)
+            return pixel_values[mask] * torch.full((2, 3), 0.5, dtype=pixel_values.dtype)[mask]
+
+    inputs = {"pixel_values": torch.randn(2, 3).bfloat16()}
+    run = benchmark.tvm_default(Known(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Known()(**inputs))) == 0
+
+
 def test_a_mask_of_ones_is_left_out_where_a_trace_cannot_use_it():
     class Masked(torch.nn.Module):
         def forward(self, pixel_values, attention_mask):

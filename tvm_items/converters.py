@@ -355,7 +355,11 @@ def convert_known_value(node, importer):
     from tvm import relax
 
     value = importer.env[node.args[0]]
-    return relax.const(value.numpy(), str(value.dtype).removeprefix("torch.")) if torch.is_tensor(value) else value
+    if not torch.is_tensor(value):
+        return value
+    if value.dtype == torch.bfloat16:  # of which NumPy knows nothing
+        return importer.block_builder.emit(relax.op.astype(relax.const(value.float().numpy(), "float32"), "bfloat16"))
+    return relax.const(value.numpy(), str(value.dtype).removeprefix("torch."))
 
 
 CONVERTERS = {
