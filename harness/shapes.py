@@ -153,9 +153,12 @@ def decoder_text_shape(case):
 
 
 def token_count(case, config):
-    """Returns the number of tokens of a text: the case's seq_len, capped by the positions that the model has."""
-    limit = position_limit(case, config)
-    return case.seq_len if limit is None else min(case.seq_len, limit)
+    """Returns the number of tokens of a text: the case's seq_len, capped by the positions that the model has.
+
+    There are never fewer than the places that an image's features take in it.
+    """
+    limit, tokens = position_limit(case, config), max(case.seq_len, getattr(case.config, "latent_query_num", 0))
+    return tokens if limit is None else min(tokens, limit)
 
 
 def position_limit(case, config):

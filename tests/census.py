@@ -41,6 +41,7 @@ from harness.rows import RESULTS
 from harness.version import harness_version
 from harness.weights import load_on_device
 from small_configs import SIZES, default_config, small_config
+from tvm_items.executable import compile_module
 from tvm_items.importer import export_for_tvm, import_to_relax
 
 FAMILIES = RESULTS / "families.csv"
@@ -109,7 +110,13 @@ def run_test(test, model_type, size):
     columns = {"model_class": model_class.__name__, "input_shape": describe_shapes(case)}
     columns["parameters"] = count_parameters(model_class, config)
     if test.startswith("cuda"):
-        generate_cuda(case)
+        try:
+            generate_cuda(case)
+        except Exception:
+            eager_error = run_eager(case)
+            if eager_error:  # such as a mask in fp32 that reaches a weight in fp16
+                return {**columns, "status": "no case", "error": f"eager PyTorch does not run it: {eager_error}"}
+            raise
         return {**columns, "status": "ok"}
     reference = compute_reference(case, "fp32", "device")
     model, inputs = load_on_device(case, PRECISIONS[precision].dtype)
@@ -135,8 +142,17 @@ def generate_cuda(case):
     model, inputs = load_on_device(case, PRECISIONS[case.precision].dtype)
     module, _ = import_to_relax(export_for_tvm(model, inputs))
     options = {"relax.backend.use_cuda_graph": True, "tirx.disable_assert": True}
-    with tvm.transform.PassContext(opt_level=3, config=options):
-        tvm.compile(module, tvm.target.Target(json.loads(H200)))
+    compile_module(module, tvm.target.Target(json.loads(H200)), "default", options)
+
+
+def run_eager(case):
+    """Returns what goes wrong in one line, "" for nothing, where eager PyTorch runs a case on the CPU."""
+    model, inputs = load_on_device(case, PRECISIONS[case.precision].dtype)
+    try:
+        model(**inputs)
+    except Exception as error:
+        return one_line(error)
+    return ""
 
 
 def count_parameters(model_class, config):

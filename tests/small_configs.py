@@ -14,7 +14,7 @@ import typing
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY, POSITIONS, EXPERTS, QUERIES, PIXELS, CHUNK = 1024, 512, 16, 16, 64, 16
+VOCABULARY, POSITIONS, EXPERTS, QUERIES, PIXELS, CHUNK, STEPS = 1024, 512, 16, 16, 64, 16, 8
 
 
 class Size(typing.NamedTuple):
@@ -63,6 +63,7 @@ HEAD_SIZE = re.compile(r"head_?dim|d_head$|^d_kv$|dim_head$|head_size$|rotary_di
 HEADS = re.compile(r"(^|_)heads?$|^num_key_value_\w*heads$")
 EXPERT_COUNT = re.compile(r"^(n|num|moe_num)_(?!shared)(\w+_)?experts$")
 QUERY_COUNT = re.compile(r"^num_(object_)?queries$")  # objects that a detector looks for
+STEP_COUNT = re.compile(r"^max_text_length$")  # of a loop in forward() that writes a text
 IMAGE_SIZE = re.compile(r"(image|img)_size$")
 CHUNK_SIZE = re.compile(r"(^|mamba_)chunk_size$")
 POSITION_COUNT = re.compile(r"^(max|n)_\w*position(s|_embeddings)$|^n_ctx$|^max_seq_len$")
@@ -188,6 +189,8 @@ def shrink(fields, size):
             fields[name] = map_ints(lambda experts: min(experts, EXPERTS), value)
         elif size.counts and QUERY_COUNT.search(name) and is_int(value):
             fields[name] = min(value, QUERIES)
+        elif size.depth and STEP_COUNT.search(name) and is_int(value):
+            fields[name] = min(value, STEPS)
         elif size.images and IMAGE_SIZE.search(name) and not re.search("max|min", name):
             fields[name] = map_ints(lambda side: min(side, pixels), value)
         elif size.images and CHUNK_SIZE.search(name) and is_int(value):

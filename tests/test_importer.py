@@ -74,13 +74,31 @@ def test_operators_that_the_importer_lacks():
             countdown = torch.arange(3, -1, -1) * pixel_values
             windows = pixel_values.unfold(0, 2, 1) * 2
             nearest, place = pixel_values.min(-1)
-            place = place.clamp(min=1) + place.clamp(max=2)
+            place = place.clamp(min=1) + place.clamp(max=2) + place.int().clamp(min=1)
             summed = summed + (nearest * place).sum()
             return summed, largest, countdown, windows, pixel_values.amin((0, 1)), pixel_values.amax(-1, True)
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Lacking(), inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), output_arrays(Lacking()(**inputs))) < 1e-6
+
+
+def test_memory_read_in_another_order_and_numbers_that_tvm_cannot_make():
+    """Windows that overlap as in Longformer, infinite numbers as in Llama 4, a quantile as in Gemma 3n, no element."""
+
+    class Awkward(torch.nn.Module):
+        def forward(self, pixel_values):
+            swapped = pixel_values.transpose(0, 1)  # strides 1 and 4
+            windows = swapped.as_strided((2, 4, 2), (4, 1, 4), 0) * 2
+            hidden = torch.where(pixel_values > 0, pixel_values, torch.full_like(pixel_values, -torch.inf)).exp()
+            quantile = torch.special.erfinv(2 * torch.tensor(0.95) - 1)
+            nothing = pixel_values[:0].reshape(2, 0, 4)
+            grown = torch.cat([pixel_values.expand(2, 3, 4), nothing], dim=1)
+            return windows, hidden, pixel_values * quantile, grown
+
+    inputs = {"pixel_values": torch.randn(3, 4)}
+    run = benchmark.tvm_default(Awkward(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Awkward()(**inputs))) < 1e-6
 
 
 def test_indices_along_several_axes_belong_together():
@@ -109,7 +127,9 @@ def test_what_is_written_by_indices():
             means = pixel_values.scatter_reduce(1, places, pixel_values * 3, "mean", include_self=False)
             largest = pixel_values.scatter_reduce(1, places, pixel_values * 3, "amax", include_self=True)
             scattered = pixel_values.masked_scatter(pixel_values[:, :1] > 0, pixel_values.flip(0) * 5)
-            return rows, columns, masked, means, largest, scattered
+            in_order = pixel_values.clone()
+            in_order[torch.tensor([True, False, True])] = pixel_values[1:] * 2
+            return rows, columns, masked, means, largest, scattered, in_order
 
     inputs = {"pixel_values": torch.randn(3, 4)}
     run = benchmark.tvm_default(Writing(), inputs, make_case(ResNetConfig()))
@@ -166,6 +186,8 @@ def test_half_precision_operators_keep_their_dtype(dtype):
         def forward(self, pixel_values):
             features = self.norm(self.convolution(pixel_values))
             features = self.group_norm(features * self.gate(features).sigmoid())
+            middle = torch.zeros(2, 2, 2, 2, dtype=features.dtype)
+            features = features.asinh() * torch.nn.functional.grid_sample(features, middle, align_corners=False)
             features = self.layer_norm(features.flatten(1))
             return self.linear(features / features.norm(dim=-1, keepdim=True))
 

@@ -46,6 +46,16 @@ def test_kernels_of_every_kind_compile_together(tvm):
     assert cubin.startswith(b"\x7fELF") and all(kernel.encode() in cubin for kernel in kernels)
 
 
+def test_a_default_schedule_that_raises_an_error_declines(tvm):
+    """A convolution of one channel, which the rule for matrix-vector products takes for its own."""
+    from tvm import te, topi
+
+    image, kernel = (te.placeholder(shape, name=name) for name, shape in (("x", (1, 1, 6, 8)), ("w", (1, 1, 1, 3))))
+    module = tvm.IRModule({"main": te.create_prim_func([image, kernel, topi.nn.conv2d(image, kernel, 1, 0, 1)])})
+    target = tvm.target.Target(json.loads(H200))
+    assert "threadIdx.x" in default_schedule(module, target).script()
+
+
 def call(builder, name, function, arguments, type_of_result):
     """Emits a call of a PrimFunc in a Relax function and returns its result."""
     from tvm import relax

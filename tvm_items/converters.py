@@ -184,6 +184,10 @@ def convert_index_put(node, importer):
         mask = relax.op.reshape(importer.env[index], (*index_value.shape, *[1] * behind))
         values = relax.op.reshape(values, ()) if rest[0].meta["val"].numel() == 1 else values
         return emit(relax.op.where(mask, values, target))
+    is_in_order = axis == 0 and rest[0].meta["val"].ndim == 1 + behind  # a row for each place of a mask
+    if len(places) == 1 and index_value.dtype == torch.bool and is_in_order and not accumulate:
+        mask = relax.op.reshape(importer.env[index], (*index_value.shape, *[1] * behind))
+        return write_in_order(importer.block_builder, target, emit(mask), values, shape)
     if len(places) > 1 or index_value.dtype == torch.bool:
         return importer._index_put(node)
     count = index_value.numel()
@@ -235,11 +239,15 @@ def convert_scatter_add(node, importer):
 
 def convert_masked_scatter(node, importer):
     """Converts what is written in its order to the places that a mask names, as an image's features into a text."""
+    target, mask, values = (importer.env[argument] for argument in node.args)
+    return write_in_order(importer.block_builder, target, mask, values, list(node.args[0].meta["val"].shape))
+
+
+def write_in_order(builder, target, mask, values, shape):
+    """Emits what a target of `shape` becomes with one value after another at the places that a mask names."""
     from tvm import relax
 
-    emit = importer.block_builder.emit
-    target, mask, values = (importer.env[argument] for argument in node.args)
-    shape = list(node.args[0].meta["val"].shape)
+    emit = builder.emit
     places = emit(relax.op.broadcast_to(mask, shape))
     flat_places, flat_target, flat_values = (emit(relax.op.reshape(t, (-1,))) for t in (places, target, values))
     written = emit(relax.op.cumsum(emit(relax.op.astype(flat_places, "int64")), 0))  # up to each place, and it
@@ -249,21 +257,29 @@ def convert_masked_scatter(node, importer):
 
 
 def convert_grid_sampler(node, importer):
-    """Converts the reading of an image between its pixels, where TVM's kernel has the places' two numbers in front."""
+    """Converts the reading of an image between its pixels; TVM's kernel has the places' two numbers in front.
+
+    In fp32: in half precision the kernel's result has another dtype than TVM says.
+    """
     from tvm import relax
 
+    emit = importer.block_builder.emit
+    dtype = importer.env[node.args[0]].ty.dtype
     image, places = (importer.env[argument] for argument in node.args[:2])
+    if dtype != "float32":
+        image, places = (emit(relax.op.astype(argument, "float32")) for argument in (image, places))
     method, padding, align_corners = node.args[2:]
-    return importer.block_builder.emit(
+    read = emit(
         relax.op.image.grid_sample(
             image,
-            importer.block_builder.emit(relax.op.permute_dims(places, [0, 3, 1, 2])),
+            emit(relax.op.permute_dims(places, [0, 3, 1, 2])),
             method=("bilinear", "nearest", "bicubic")[method],
             layout="NCHW",
             padding_mode=("zeros", "border", "reflection")[padding],
             align_corners=align_corners,
         )
     )
+    return read if dtype == "float32" else emit(relax.op.astype(read, dtype))
 
 
 def convert_cumulative_extreme(name, node, importer):
@@ -288,12 +304,62 @@ def convert_cumulative_extreme(name, node, importer):
     return importer.block_builder.emit(relax.Tuple([values, values]))
 
 
+def convert_as_strided(node, importer):
+    """Converts a view of a tensor's memory, such as windows that overlap; its axes may lie there in another order."""
+    from tvm import relax, te
+
+    source, size, strides, *offset = node.args
+    offset = offset[0] if offset else node.kwargs.get("storage_offset") or 0
+    value = source.meta["val"]
+    order = sorted(range(value.ndim), key=lambda axis: value.stride(axis), reverse=True)
+    if value.storage_offset() or not value.permute(order).is_contiguous():
+        raise NotImplementedError("as_strided() of a part of what lies in memory")
+
+    def read(flat):
+        def element(*place):
+            return flat(sum((i * stride for i, stride in zip(place, strides)), offset))
+
+        return te.compute(size, element, name="as_strided")
+
+    in_memory = importer.block_builder.emit(relax.op.permute_dims(importer.env[source], order))
+    return importer.block_builder.emit_te(read, importer.block_builder.emit(relax.op.reshape(in_memory, (-1,))))
+
+
+def convert_fill(convert, node, importer):
+    """Converts a tensor of one number, which may not be infinite in TVM's kernel. convert: TVM's converter."""
+    from tvm import relax
+
+    number, value = node.args[1], node.meta["val"]
+    if not isinstance(number, float) or math.isfinite(number) or not value.is_floating_point():
+        return getattr(importer, convert)(node)
+    constant = relax.const(number, str(value.dtype).removeprefix("torch."))
+    return importer.block_builder.emit(relax.op.broadcast_to(constant, tuple(value.shape)))
+
+
+def convert_clamp(node, importer):
+    """Converts clamp() to bounds in tensors, as type promotion makes those of int32: TVM adds infinite ones to them."""
+    from tvm import relax
+
+    low, high = (*node.args[1:], None, None)[:2]
+    if node.meta["val"].is_floating_point():
+        return importer._clamp(node)
+    value = importer.env[node.args[0]]
+    for bound, operator in ((low, relax.op.maximum), (high, relax.op.minimum)):
+        if bound is not None:
+            value = importer.block_builder.emit(operator(value, importer.env[bound]))
+    return value
+
+
 def convert_known_value(node, importer):
     """Converts a value that fold_known_values() has put into the graph; a copy of anything else is that itself."""
     from tvm import relax
 
     value = importer.env[node.args[0]]
-    return relax.const(value.numpy(), str(value.dtype).removeprefix("torch.")) if torch.is_tensor(value) else value
+    if not torch.is_tensor(value):
+        return value
+    if value.dtype == torch.bfloat16:  # of which NumPy knows nothing
+        return importer.block_builder.emit(relax.op.astype(relax.const(value.float().numpy(), "float32"), "bfloat16"))
+    return relax.const(value.numpy(), str(value.dtype).removeprefix("torch."))
 
 
 CONVERTERS = {
@@ -303,7 +369,11 @@ CONVERTERS = {
     "amax.default": functools.partial(convert_extreme, "max"),
     "amin.default": functools.partial(convert_extreme, "min"),
     "min.dim": convert_smallest,
+    "clamp.Tensor": convert_clamp,
     "unfold.default": convert_unfold,
+    "as_strided.default": convert_as_strided,
+    "full.default": functools.partial(convert_fill, "_full"),
+    "full_like.default": functools.partial(convert_fill, "_full_like"),
     "index.Tensor": convert_index,
     "index_put.default": convert_index_put,
     "scatter_reduce.two": convert_scatter_reduce,

@@ -4,7 +4,7 @@ import functools
 import json
 
 from tvm_items.in_place import with_fixed_inputs, writes_into_inputs
-from tvm_items.lowering import tir_pipeline
+from tvm_items.lowering import rules_that_decline, tir_pipeline
 
 LIBRARY, WEIGHTS, INPUT_NAMES = "model.so", "weights.params", "inputs.json"
 
@@ -34,7 +34,7 @@ def compile_module(module, target, pipeline, options):
     """Returns the executable of a Relax module for a tvm.target.Target; the rest is as in compile_and_bind()."""
     import tvm
 
-    with tvm.transform.PassContext(opt_level=3, config=options):
+    with tvm.transform.PassContext(opt_level=3, config=options), rules_that_decline():
         return tvm.compile(module, target, relax_pipeline=pipeline, tir_pipeline=tir_pipeline())
 
 

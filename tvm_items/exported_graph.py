@@ -1,6 +1,7 @@
 """What TVM's importer refuses or gets wrong, rewritten in the exported graph before the import."""
 
 import torch
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
@@ -122,13 +123,18 @@ def combine_booleans(graph):
 
 
 def drop_empty_parts(graph):
-    """Drops tensors without an element, and without the others' axes, from concatenations, in place.
+    """Drops tensors without an element from concatenations, in place, and makes those that are left anew.
 
-    XLM's cache of keys and values begins with one; TVM refuses it.
+    XLM's cache of keys and values begins with one. TVM refuses parts without the others' axes, and takes a size of 0 in
+    the shape of a reshape() for that of its input.
     """
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         parts, *rest = node.args
-        node.args = ([part for part in parts if part.meta["val"].shape != (0,)] or parts[:1], *rest)
+        node.args = ([part for part in parts if part.meta["val"].numel()] or parts[:1], *rest)
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.Tensor) and not value.numel():
+            node.target, node.args, node.kwargs = aten.full.default, (list(value.shape), 0), {"dtype": value.dtype}
 
 
 def drop_numbers_from_output(exported):
@@ -171,3 +177,20 @@ def add_to_negatives(graph, user, index, size):
     value = index.meta["val"]
     is_negative.meta["val"], from_the_front.meta["val"], counted.meta["val"] = value < 0, value + size, value
     return counted
+
+
+def insert_call(user, target, *args, **kwargs):
+    """Returns a new node of an operator in front of the node `user`."""
+    with user.graph.inserting_before(user):
+        node = user.graph.call_function(target, args, kwargs)
+    args, kwargs = torch.fx.map_arg((args, kwargs), without_values)
+    node.meta["val"] = target(*args, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})})
+    return node
+
+
+def without_values(node):
+    """Returns what has the form of a node's tensors, on the device `meta`, which has no values."""
+    return tree_map(
+        lambda value: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta"),
+        node.meta["val"],
+    )

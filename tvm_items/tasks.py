@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 
+from tvm_items.lowering import rules_that_decline
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -59,5 +61,5 @@ def default_schedule(module, target):
     if target.kind.name == "llvm":
         return module
     rules = ("Matmul", "GEMV", "Reduction", "GeneralReduction", "Fallback")  # as in TVM's default pipeline for CUDA
-    with target, tvm.transform.PassContext(opt_level=3):
+    with target, tvm.transform.PassContext(opt_level=3), rules_that_decline():
         return dlight.ApplyDefaultSchedule(*(getattr(dlight.gpu, rule)() for rule in rules))(module)
