@@ -82,11 +82,8 @@ def widen_channels(allow_tf32):
             rows, columns, _, outputs = map(int, weight.ty.shape)
             if image.ty.dtype not in dtypes or not channels % 4:
                 return call
-            strides, padding, missing = (
-                list(map(int, call.attrs.strides)),
-                list(map(int, call.attrs.padding)),
-                -channels % 4,
-            )
+            strides, padding = ([int(value) for value in values] for values in (call.attrs.strides, call.attrs.padding))
+            missing = -channels % 4
             if columns == strides[1] > 1 and width % columns == padding[1] == padding[3] == 0:
                 image = relax.op.reshape(image, (batch, height, width // columns, columns * channels))
                 weight = relax.op.reshape(weight, (rows, 1, columns * channels, outputs))
@@ -107,15 +104,7 @@ def widen_channels(allow_tf32):
                 out_dtype=call.attrs.out_dtype,
             )
 
-    @tvm.ir.transform.module_pass(opt_level=0)
-    def widen(module, _):
-        widener = Widener(module)
-        for name, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                widener.builder_.update_func(name, widener.visit_expr(function))
-        return widener.builder_.get()
-
-    return widen
+    return mutate_functions(Widener)
 
 
 def cancel_permutations():
@@ -153,7 +142,6 @@ def read_odd_weights_along_terms():
     bytes, as TMA and wide copies want them.
     """
     import tvm
-    from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
     @mutator
@@ -180,15 +168,23 @@ def read_odd_weights_along_terms():
             columns, terms = map(int, weight.ty.shape)
             return weight if columns % 8 and not terms % 8 else None
 
+    return mutate_functions(Reader)
+
+
+def mutate_functions(mutator_class):
+    """Returns a pass that rewrites each Relax function of a module by a PyExprMutator, and drops what is unused."""
+    import tvm
+    from tvm import relax
+
     @tvm.ir.transform.module_pass(opt_level=0)
-    def read(module, _):
-        reader = Reader(module)
+    def mutate(module, _):
+        mutator = mutator_class(module)
         for name, function in module.functions_items():
             if isinstance(function, relax.Function):
-                reader.builder_.update_func(name, reader.visit_expr(function))
-        return relax.transform.DeadCodeElimination(["main"])(reader.builder_.get())
+                mutator.builder_.update_func(name, mutator.visit_expr(function))
+        return relax.transform.DeadCodeElimination(["main"])(mutator.builder_.get())
 
-    return read
+    return mutate
 
 
 def multiply_transposed(source, weight, dtype):

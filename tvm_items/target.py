@@ -5,6 +5,7 @@ import os
 
 # Of a CUDA block (CUDA C++ Programming Guide, compute capabilities).
 WARP_THREADS, MAX_BLOCK_THREADS, MAX_BLOCK_SHARED_BYTES = 32, 1024, 48 * 1024
+ALL_LANES = 0xFFFFFFFF  # of a warp: the mask of the threads that take part in a shuffle
 
 # Of dynamic shared memory a block may have more than that by compute capability, where it asks for it (same guide,
 # "maximum amount of shared memory per thread block").

@@ -7,11 +7,10 @@ a key: each has 16 bytes of it, and of the queries, values and sums as many elem
 
 import math
 
-from tvm_items.target import WARP_THREADS
+from tvm_items.target import ALL_LANES, WARP_THREADS
 from tvm_items.templates.attention_task import LOG2_E, kernel_function
 
 VECTOR_BYTES = 16  # of a load
-ALL_LANES = 0xFFFFFFFF
 LOWEST = -1e30  # what stands for the largest score until there is one: finite, as -inf - -inf is NaN
 
 

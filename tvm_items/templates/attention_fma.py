@@ -7,13 +7,12 @@ the other through shared memory.
 
 import math
 
-from tvm_items.target import WARP_THREADS
+from tvm_items.target import ALL_LANES, WARP_THREADS
 from tvm_items.templates.attention_task import Softmax, kernel_function, masked
 
 VECTOR = (
     4  # elements of 32 bits of one load or cp.async; rows in shared memory are so much longer, as the next one begins
 )
-ALL_LANES = 0xFFFFFFFF
 
 
 def fma_resources(attention, thread_columns, thread_rows, row_tile, key_tile, stages):

@@ -8,13 +8,12 @@ summed up before is rescaled.
 
 import math
 
-from tvm_items.target import WARP_THREADS
+from tvm_items.target import ALL_LANES, WARP_THREADS
 from tvm_items.templates.attention_task import Softmax, kernel_function, masked
 
 TILE = 16  # rows, columns and terms of what one ldmatrix loads for mma.sync
 ROW_PADDING = 8  # elements behind each row in shared memory: 8 rows at the same column lie in distinct banks then
 COPY = 8  # elements of 16 bits that one cp.async copies
-ALL_LANES = 0xFFFFFFFF
 
 
 def padded_depth(attention):

@@ -7,7 +7,7 @@ terms each, and what they have summed is added up at the end, by shuffles and th
 
 import dataclasses
 
-from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.target import ALL_LANES, MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.epilogue import output_vector, store_outputs
 from tvm_items.templates.expressions import zero
 from tvm_items.templates.product_module import make_module, parts_fit, steps_of_part
@@ -16,7 +16,6 @@ from tvm_items.templates.product_task import ProductTask
 MAX_ROWS = 8  # with more, tensor cores and padding take less
 MIN_VECTOR_BYTES = 4  # of a load
 MAX_SUMS_OF_A_THREAD = 64
-ALL_LANES = 0xFFFFFFFF
 
 # The options of each parameter.
 COLUMN_THREADS = (2, 4, 8, 16, 32)  # of a slice

@@ -91,11 +91,17 @@ class ProductTask:
         return self.batch.values(batch) | self.rows.values(row) | self.columns.values(column)
 
 
-def on_buffers(expression, values, buffers):
-    """Returns a TIR expression with other variables, {variable: expression}, and other buffers, {parameter: buffer}."""
+def on_buffers(expression, values, buffers, known=lambda load: None):
+    """Returns a TIR expression with other variables, {variable: expression}, and other buffers, {parameter: buffer}.
+
+    known: a function of a load that returns an expression to put in its place, or None.
+    """
 
     def replace(part):
         if is_load(part):
+            value = known(part)
+            if value is not None:
+                return value
             buffer = find(part.source, buffers)
             return buffer[tuple(rewrite(index, replace) for index in part.indices)]
         return find(part, values)

@@ -6,15 +6,14 @@ from one another as all threads of the row reach.
 
 import dataclasses
 
-from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.target import ALL_LANES, MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.epilogue import MAX_VECTOR_BYTES
 from tvm_items.templates.expressions import dtype_of, find, loads_of
 from tvm_items.templates.product_module import make_module
 from tvm_items.templates.product_task import on_buffers
-from tvm_items.templates.row_task import RowTask, read
+from tvm_items.templates.row_task import RowTask
 
 MAX_HELD_ELEMENTS = 256  # of a thread: not all of them are in its 255 registers at once
-MAX_VECTOR_BYTES = 16
-ALL_LANES = 0xFFFFFFFF
 
 # The options of each parameter.
 ROW_THREADS = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -44,7 +43,7 @@ class RowReductionTemplate:
         """Returns whether the kernel of these decisions can be made and is no obvious waste."""
         row_threads, block_threads, vector = self.read(decisions)
         held, columns = self.task.held(), self.task.columns
-        in_memory = [buffer for buffer in held if find(buffer, dict.fromkeys(self.task.parameters, True))]
+        in_memory = [buffer for buffer in held if self.task.is_parameter(buffer)]
         element_bytes = max(4 if str(buffer.dtype) == "float32" else 2 for buffer in in_memory)
         if not row_threads <= block_threads <= MAX_BLOCK_THREADS or columns % vector:
             return False
@@ -153,7 +152,7 @@ class Kernel:
             for j in range(self.vector):
                 positions = step.positions(self.row, column + j)
                 at_place = self.at_place(number * self.vector + j)
-                value = combine(total[0], read(step.value.b, positions, at_place, self.buffers).astype(wide))
+                value = combine(total[0], on_buffers(step.value.b, positions, self.buffers, at_place).astype(wide))
                 value = value if is_inside is None else tirx.Select(is_inside, value, total[0])
                 build.buffer_store(total, value, [0])
         self.reduce_over_threads(total, combine, wide)
@@ -187,7 +186,7 @@ class Kernel:
         """Emits what is computed once for a row, by all of its threads."""
         from tvm.tirx.script.builder import ir as build
 
-        value = read(step.value, step.positions(self.row, None), self.at_place(None), self.buffers)
+        value = on_buffers(step.value, step.positions(self.row, None), self.buffers, self.at_place(None))
         result = build.alloc_buffer((1,), dtype_of(step.value), scope="local")
         build.buffer_store(result, value, [0])
         self.of_rows[step.output] = result
@@ -232,7 +231,7 @@ class Kernel:
                             return copy[j]
                     return in_registers(load)
 
-                value = read(step.value, step.positions(self.row, column + j), at_place, self.buffers)
+                value = on_buffers(step.value, step.positions(self.row, column + j), self.buffers, at_place)
                 build.buffer_store(results, value, [number * self.vector + j])
             if find(step.output, self.buffers) is not None:
                 self.write(step, results, number, column, is_inside)

@@ -8,16 +8,7 @@ import dataclasses
 import math
 
 from tvm_items.lowering import is_s_tir
-from tvm_items.templates.expressions import (
-    contiguous_run,
-    dtype_of,
-    find,
-    flat_offset,
-    is_load,
-    loads_of,
-    rewrite,
-    unflatten,
-)
+from tvm_items.templates.expressions import contiguous_run, dtype_of, flat_offset, is_load, loads_of, unflatten
 from tvm_items.templates.product_task import MAX_ELEMENTS, buffer_shape
 
 MIN_COLUMNS, MAX_COLUMNS = 16, 32768
@@ -59,6 +50,9 @@ class RowTask:
     steps: list[Step]
     whole: list  # parameters that are read at the very place that is computed
 
+    def is_parameter(self, buffer):
+        return any(buffer.same_as(parameter) for parameter in self.parameters)
+
     def held(self):
         """Returns the buffers whose elements of a row threads keep in registers."""
         return self.whole + [step.output for step in self.steps if not (step.reduces or step.of_rows)]
@@ -76,10 +70,13 @@ def find_row_task(module):
     blocks = [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
     if not all(isinstance(block.body, tirx.BufferStore) and has_known_loops(block) for block in blocks):
         return None
-    reduced = next((loops_of(block, block.iter_vars[0].CommReduce) for block in blocks if block.init is not None), [])
-    columns = math.prod(extent for _, extent in reduced)
-    outer = next((loops_of(block, block.iter_vars[0].DataPar) for block in blocks if block.init is not None), [])
-    rows = math.prod(extent for _, extent in outer)
+    reduction = next((block for block in blocks if block.init is not None), None)
+    if reduction is None:
+        return None
+    kinds = reduction.iter_vars[0]
+    rows, columns = (
+        math.prod(extent for _, extent in loops_of(reduction, kind)) for kind in (kinds.DataPar, kinds.CommReduce)
+    )
     parameters = list(function.params)
     sizes = [math.prod(buffer_shape(parameter)) for parameter in parameters]
     if not MIN_COLUMNS <= columns <= MAX_COLUMNS or max(sizes) > MAX_ELEMENTS:
@@ -170,7 +167,7 @@ def add_step(task, step):
             of_row = writer.reduces or writer.of_rows
             if not is_at(load, step.row_loops if of_row else whole_row) or (step.of_rows and not of_row):
                 return False
-        elif find(source, dict.fromkeys(task.parameters, True)) is None:
+        elif not task.is_parameter(source):
             return False
         elif not step.of_rows and math.prod(buffer_shape(source)) == task.rows * task.columns:
             if not is_at(load, whole_row) or str(source.dtype) not in DTYPES:
@@ -178,22 +175,5 @@ def add_step(task, step):
             if not any(source.same_as(other) for other in task.whole):
                 task.whole.append(source)
     task.steps.append(step)
-    is_kept = find(step.output, dict.fromkeys(task.parameters, True)) is None or step.reduces or step.of_rows
-    return is_kept or str(step.output.dtype) in DTYPES
-
-
-def read(expression, positions, at_place, buffers):
-    """Returns a TIR expression at a place, with loads as at_place(load) gives them, or else from the buffers.
-
-    positions: {variable: expression}. buffers: {parameter: buffer}.
-    """
-
-    def replace(part):
-        if is_load(part):
-            value = at_place(part)
-            if value is not None:
-                return value
-            return find(part.source, buffers)[tuple(rewrite(index, replace) for index in part.indices)]
-        return find(part, positions)
-
-    return rewrite(expression, replace)
+    writes_rows = task.is_parameter(step.output) and not (step.reduces or step.of_rows)
+    return not writes_rows or str(step.output.dtype) in DTYPES
