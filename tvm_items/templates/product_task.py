@@ -109,8 +109,20 @@ def on_buffers(expression, values, buffers, known=lambda load: None):
     return rewrite(expression, replace)
 
 
-def find_product_task(module):
-    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
+class Sums(typing.NamedTuple):
+    """A task that adds up products of two factors, taken apart."""
+
+    parameters: list  # of the task's function: buffers
+    factors: list  # (load, condition or None) of each
+    axes: list[Axis]  # loops over what is in both factors, in the first or the second one alone, and over terms
+    product: object  # the buffer that stands for the sums in `value`
+    value: object  # TIR: an element of the output
+    output: object  # the parameter that is written
+    indices: list  # TIR: where the element is written
+
+
+def find_sums(module):
+    """Returns the Sums of a task's IRModule before scheduling, None where it is something else."""
     from tvm.s_tir import Schedule
 
     schedule = Schedule(module)
@@ -126,26 +138,34 @@ def find_product_task(module):
     axes = sort_loops(product, factors)
     if axes is None:
         return None
-    batch, rows, columns, terms = axes
     # What the loops of the epilogue are called in the product; its loops are those of the product's buffer.
     renamed = {iter_var.var: index for iter_var, index in zip(epilogue.iter_vars, product.body.indices, strict=True)}
     store = epilogue.body
     indices = [keep_dtype(index, renamed) for index in store.indices]
     value = keep_dtype(store.value, renamed)
-    shape = buffer_shape(store.buffer)
-    if contiguous_run(indices, shape, *rows.innermost()) > contiguous_run(indices, shape, *columns.innermost()):
-        rows, columns, factors = columns, rows, factors[::-1]
-    if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
-        return None
     parameters = list(schedule.mod["main"].params)
-    if batch.extent > MAX_BATCH or any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
+    if any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
+        return None
+    return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices)
+
+
+def find_product_task(module):
+    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
+    sums = find_sums(module)
+    if sums is None:
+        return None
+    (batch, rows, columns, terms), factors = sums.axes, sums.factors
+    place = sums.indices, buffer_shape(sums.output)
+    if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
+        rows, columns, factors = columns, rows, factors[::-1]
+    if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS or batch.extent > MAX_BATCH:
         return None
     left, right = (make_operand(*factor, (batch, axis, terms)) for factor, axis in zip(factors, (rows, columns)))
     dtypes = {dtype_of(left.load), dtype_of(right.load)}
     if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32"}:
         return None
     return ProductTask(
-        parameters=parameters,
+        parameters=sums.parameters,
         dtype=dtypes.pop(),
         batch=batch,
         rows=rows,
@@ -153,11 +173,11 @@ def find_product_task(module):
         terms=terms,
         left=left,
         right=right,
-        product=product.body.buffer,
-        value=value,
-        output=store.buffer,
-        indices=indices,
-        output_vector=contiguous_run(indices, shape, *columns.innermost()),
+        product=sums.product,
+        value=sums.value,
+        output=sums.output,
+        indices=sums.indices,
+        output_vector=contiguous_run(*place, *columns.innermost()),
     )
 
 
