@@ -56,7 +56,10 @@ def test_templates_are_searched_beside_the_design_spaces_of_metaschedule(tvm, tm
     spaces = DesignSpaces(module_json, H200)
     assert spaces.numbers == [*range(len(spaces)), *spaces.templates] and min(spaces.templates) >= FIRST_TEMPLATE
     found = search(module_json, H200, [], [], 16, 1)
-    assert set(spaces.numbers) == {candidate.space for candidate in found}
+    assert set(spaces.templates) == {candidate.space for candidate in found} and len(found) == 16  # they come first
+    trials = [Trial(*candidate[:2], 1e-6, candidate.features) for candidate in found]
+    again = search(module_json, H200, trials, [], 16, 1)
+    assert set(spaces.numbers) == {candidate.space for candidate in again}
     space, decisions, _ = next(candidate for candidate in found if candidate.space in spaces.templates)
     assert spaces.adapt(space, decisions) == decisions
     for damaged in (decisions[1:], [-1, *decisions[1:]], [99, *decisions[1:]], [[1, 2], *decisions[1:]]):
