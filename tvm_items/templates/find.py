@@ -10,6 +10,7 @@ from tvm_items.target import compute_capability, max_shared_bytes
 from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
 from tvm_items.templates.depthwise import DepthwiseTemplate, find_depthwise_task
+from tvm_items.templates.fma import FmaTemplate
 from tvm_items.templates.gemv import GemvTemplate, is_gemv
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
@@ -38,8 +39,10 @@ def find_templates(module, target):
             return [DepthwiseTemplate(depthwise)]
         return [] if rows is None else [RowReductionTemplate(rows)]
     templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
-    if task.rows.extent < MIN_MMA_ROWS or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
+    if task.rows.extent < MIN_MMA_ROWS:
         return templates
+    if task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs:
+        return [*templates, FmaTemplate(task, limit)]
     templates.append(MmaTemplate(task, limit))
     if compute_capability(target) == HOPPER and task.dtype != "float32" and task.rows.extent >= MIN_WGMMA_ROWS:
         templates.append(WgmmaTemplate(task, limit))
