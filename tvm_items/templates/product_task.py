@@ -143,6 +143,11 @@ def find_sums(module):
     store = epilogue.body
     indices = [keep_dtype(index, renamed) for index in store.indices]
     value = keep_dtype(store.value, renamed)
+    groups = find_groups(axes, factors)
+    if groups is not None:
+        axes, replace = groups
+        factors = [tuple(part if part is None else rewrite(part, replace) for part in factor) for factor in factors]
+        indices, value = [rewrite(index, replace) for index in indices], rewrite(value, replace)
     parameters = list(schedule.mod["main"].params)
     if any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
         return None
@@ -264,6 +269,59 @@ def sort_loops(product, factors):
         axes[name].variables.append(loop.var)
         axes[name].extents.append(extent)
     return list(axes.values())
+
+
+def find_groups(axes, factors):
+    """Returns the axes of a grouped convolution and how to rewrite its expressions for them, None where it is none.
+
+    TVM loops over all output channels, and reads input channels by the group that one is of, channel // size of a
+    group. That is one loop over groups, in both factors, and one over the channels of a group, in the weights alone.
+    The second result is for rewrite().
+    """
+    from tvm import tirx
+
+    both, *alone, terms = axes
+    pairs = list(zip(both.variables, both.extents))
+    for number, (channel, extent) in enumerate(pairs):
+        for in_data, (load, condition) in enumerate(factors):
+            sizes, others = find_divisors((*load.indices, condition), channel)
+            if others or len(sizes) != 1 or alone[1 - in_data].extent > 1:
+                continue
+            (size,) = sizes
+            group, within = (tirx.Var(name, dtype_of(channel)) for name in ("group", "within"))
+
+            def replace(part, channel=channel, size=size, group=group, within=within):
+                if isinstance(part, tirx.IntImm):
+                    return part
+                if isinstance(part, tirx.FloorDiv) and channel.same_as(part.a):
+                    return group
+                return group * size + within if channel.same_as(part) else None
+
+            pairs[number] = group, extent // size
+            both = Axis(*map(list, zip(*pairs)))
+            alone[1 - in_data] = Axis([within], [size])
+            return [both, *alone, terms], replace
+    return None
+
+
+def find_divisors(expressions, variable):
+    """Returns (divisors of `variable // divisor` in TIR expressions, whether it is in them otherwise, too)."""
+    from tvm import tirx
+
+    divisors, others = set(), []
+
+    def look(part):
+        if isinstance(part, tirx.FloorDiv) and variable.same_as(part.a) and isinstance(part.b, tirx.IntImm):
+            divisors.add(int(part.b.value))
+            return part
+        if variable.same_as(part):
+            others.append(part)
+        return None
+
+    for expression in expressions:
+        if expression is not None:
+            rewrite(expression, look)
+    return divisors, bool(others)
 
 
 def make_operand(load, condition, axes):
