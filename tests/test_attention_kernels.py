@@ -179,7 +179,7 @@ def test_an_emulated_kernel_computes_attention(tvm, fields, parameters):
     """With asynchronous copies as late and as early as they may be; 37 is neither a multiple of a tile nor of a row."""
     attention = make_attention(**{**SMALL, **fields})
     template = make_template(tvm, attention)
-    decisions = [values.index(value) for values, value in zip(template.options, parameters)]
+    decisions = [values.index(value) for values, value in zip(template.parameters, parameters)]
     target = tvm.target.Target(json.loads(H200))
     check_emulated(template.realize(decisions), target, attention, "tirx")
 
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused(tvm):
     attention = make_attention(head_dim=128)
     devices = [make_template(tvm, attention, arch=arch) for arch in ("sm_89", "sm_90")]
     assert [template.max_shared_bytes for template in devices] == [99 * 1024, 227 * 1024]
-    large = [values.index(value) for values, value in zip(devices[0].options, (8, 1, 64, 3))]
+    large = [values.index(value) for values, value in zip(devices[0].parameters, (8, 1, 64, 3))]
     assert [template.fits(large) for template in devices] == [False, True]
     with pytest.raises(ValueError):
         devices[0].realize(large)

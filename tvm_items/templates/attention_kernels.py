@@ -1,4 +1,4 @@
-"""The templates of a task of attention: kernels with parameters that the tuner searches; see find.py."""
+"""The templates of a task of attention."""
 
 import dataclasses
 import typing
@@ -8,6 +8,7 @@ from tvm_items.templates.attention_decode import decode_kernel, decode_resources
 from tvm_items.templates.attention_fma import VECTOR, fma_kernel, fma_resources
 from tvm_items.templates.attention_mma import TILE, mma_kernel, mma_resources
 from tvm_items.templates.attention_task import Attention
+from tvm_items.templates.template import Template
 
 MMA, FMA, DECODE = 110, 111, 112  # the templates' numbers
 # Of a thread, and of all threads that a multiprocessor has at once (CUDA C++ Programming Guide, compute capabilities).
@@ -22,14 +23,14 @@ DECODE_WARPS, GROUPS, PARTS, KEYS = (1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128, 25
 
 
 def attention_templates(attention, limit):
-    """Returns the Templates for an Attention; limit: bytes of shared memory that a block of threads may have."""
+    """Returns the templates for an Attention; limit: bytes of shared memory that a block of threads may have."""
     if attention.heads_first:
         return [decode_template(attention, limit)] if is_decode(attention) else []
     return [(fma_template if attention.dtype == "float32" else mma_template)(attention, limit)]
 
 
 @dataclasses.dataclass
-class Template:
+class AttentionTemplate(Template):
     """One kind of kernel for a task's attention."""
 
     number: int  # among a task's design spaces
@@ -37,19 +38,14 @@ class Template:
     make_kernel: typing.Callable  # of the attention and the parameters: the scheduled TIR function
     find_resources: typing.Callable  # of the same: threads of a block, registers of a thread, bytes of shared memory
     is_useful: typing.Callable  # of the parameters: whether the kernel can be made, and has nothing that never works
-    options: list[tuple[int, ...]]  # values of each parameter
+    parameters: list[tuple[int, ...]]  # options of each
     max_shared_bytes: int
 
-    @property
-    def choices(self):
-        return [len(values) for values in self.options]
-
     def fits(self, decisions):
-        """Returns whether these indices of options make a kernel that the device can run and that may be good."""
-        parameters = self.read(decisions)
-        if not self.is_useful(*parameters):
+        values = self.read(decisions)
+        if not self.is_useful(*values):
             return False
-        threads, registers, shared_bytes = self.find_resources(self.attention, *parameters)
+        threads, registers, shared_bytes = self.find_resources(self.attention, *values)
         return (
             threads % WARP_THREADS == 0
             and threads <= MAX_BLOCK_THREADS
@@ -58,31 +54,26 @@ class Template:
             and shared_bytes <= self.max_shared_bytes
         )
 
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
+    def make(self, *values):
         import tvm
 
-        if not self.fits(decisions):
-            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
-        return tvm.IRModule({"main": self.make_kernel(self.attention, *self.read(decisions))})
-
-    def read(self, decisions):
-        """Returns the values of the parameters."""
-        return [values[index] for values, index in zip(self.options, decisions, strict=True)]
+        return tvm.IRModule({"main": self.make_kernel(self.attention, *values)})
 
 
 def mma_template(attention, limit):
-    """Returns the Template for tensor cores; limit: bytes of shared memory that a block of threads may have."""
+    """Returns the template for tensor cores; limit: bytes of shared memory that a block of threads may have."""
 
     def is_useful(warps, row_tiles, key_tile, stages):
         has_idle_warp = (warps - 1) * row_tiles * TILE >= attention.query_count
         return not has_idle_warp and is_useful_step(attention, key_tile, stages)
 
-    return Template(MMA, attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit)
+    return AttentionTemplate(
+        MMA, attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit
+    )
 
 
 def fma_template(attention, limit):
-    """Returns the Template for fp32; limit: bytes of shared memory that a block of threads may have."""
+    """Returns the template for fp32; limit: bytes of shared memory that a block of threads may have."""
 
     def is_useful(thread_columns, thread_rows, row_tile, key_tile, stages):
         return (
@@ -93,11 +84,11 @@ def fma_template(attention, limit):
         )
 
     options = [THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES, FMA_KEY_TILES, STAGES]
-    return Template(FMA, attention, fma_kernel, fma_resources, is_useful, options, limit)
+    return AttentionTemplate(FMA, attention, fma_kernel, fma_resources, is_useful, options, limit)
 
 
 def decode_template(attention, limit):
-    """Returns the Template for one query over a cache; limit: bytes of shared memory that a block may have."""
+    """Returns the template for one query over a cache; limit: bytes of shared memory that a block may have."""
     lanes = attention.head_dim // vector(attention)
 
     def is_useful(warps, group, part, keys):
@@ -108,7 +99,7 @@ def decode_template(attention, limit):
             and (part < 2 * attention.key_count or part == PARTS[0])
         )
 
-    return Template(
+    return AttentionTemplate(
         DECODE, attention, decode_kernel, decode_resources, is_useful, [DECODE_WARPS, GROUPS, PARTS, KEYS], limit
     )
 

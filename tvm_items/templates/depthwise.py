@@ -21,6 +21,7 @@ from tvm_items.templates.expressions import (
 )
 from tvm_items.templates.product_module import make_module
 from tvm_items.templates.product_task import Axis, buffer_shape, find_sums, on_buffers
+from tvm_items.templates.template import Template
 
 MAX_SUMS, MAX_LINE = 128, 128  # of a thread: outputs, and elements of a line of input. It has 255 registers
 
@@ -70,21 +71,10 @@ class DepthwiseTask:
 
 
 @dataclasses.dataclass
-class DepthwiseTemplate:
-    """The kernels of a task that differ in their parameters."""
-
-    number = 106  # among a task's design spaces: see find.py
+class DepthwiseTemplate(Template):
+    number, parameters = 106, PARAMETERS
 
     task: DepthwiseTask
-
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in PARAMETERS]
-
-    def read(self, decisions):
-        """Returns the values of the parameters."""
-        return [options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)]
 
     def fits(self, decisions):
         """Returns whether the kernel of these decisions can be made and is no obvious waste."""
@@ -96,12 +86,8 @@ class DepthwiseTemplate:
             return False
         return rows * columns * vector <= MAX_SUMS and task.along.seen(columns) * vector <= MAX_LINE
 
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
-        if not self.fits(decisions):
-            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
-        parameters = self.read(decisions)
-        return make_module(self.task, 1, lambda buffers, _: Kernel(self.task, buffers, *parameters).emit())
+    def make(self, *values):
+        return make_module(self.task, 1, lambda buffers, _: Kernel(self.task, buffers, *values).emit())
 
 
 class Kernel:

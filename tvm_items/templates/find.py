@@ -1,10 +1,4 @@
-"""Templates: hand-written kernels with parameters, which the tuner searches beside MetaSchedule's design spaces.
-
-A template has a `number`, which records keep: FIRST_TEMPLATE or more, since MetaSchedule's design spaces count from 0,
-and no other's; `choices`, the number of options of each of its parameters; `fits(decisions)`, whether these indices of
-options make a kernel that the device can run; and `realize(decisions)`, the IRModule of that kernel, whose "main" has
-the task's signature and is scheduled. It raises ValueError where there is none.
-"""
+"""Which templates a task has: hand-written kernels, which the tuner searches beside MetaSchedule's design spaces."""
 
 from tvm_items.target import compute_capability, max_shared_bytes
 from tvm_items.templates.attention_kernels import attention_templates

@@ -140,11 +140,7 @@ def spread(number, side_by_side, lane, lanes):
 
 
 class FmaTemplate(StagedTemplate):
-    """The kernels of a task that differ in their parameters."""
-
-    number = 103  # among a task's design spaces: see find.py
-
-    PARAMETERS, CONFIG, KERNEL = PARAMETERS, Config, Kernel
+    number, parameters, make_config, kernel = 103, PARAMETERS, Config, Kernel
 
     @staticmethod
     def is_possible(config):

@@ -12,6 +12,7 @@ from tvm_items.templates.epilogue import output_vector, store_outputs
 from tvm_items.templates.expressions import zero
 from tvm_items.templates.product_module import make_module, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
+from tvm_items.templates.template import Template
 
 MAX_ROWS = 8  # with more, tensor cores and padding take less
 MIN_VECTOR_BYTES = 4  # of a load
@@ -33,22 +34,11 @@ def is_gemv(task):
 
 
 @dataclasses.dataclass
-class GemvTemplate:
-    """The kernels of a task that differ in their parameters."""
-
-    number = 102  # among a task's design spaces: see find.py
+class GemvTemplate(Template):
+    number, parameters = 102, PARAMETERS
 
     task: ProductTask
     max_shared_bytes: int  # of a block
-
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in PARAMETERS]
-
-    def read(self, decisions):
-        """Returns the values of the parameters."""
-        return [options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)]
 
     def fits(self, decisions):
         """Returns whether the kernel of these decisions can be made and is no obvious waste."""
@@ -63,13 +53,8 @@ class GemvTemplate:
         shared_bytes = threads * task.rows.extent * task.right.vector * 4 // (WARP_THREADS // column_threads)
         return not is_wide and shared_bytes <= self.max_shared_bytes and parts_fit(task, steps, parts)
 
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
-        if not self.fits(decisions):
-            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
-        parameters = self.read(decisions)
-        kernel = Kernel(self.task, *parameters)
-        return make_module(self.task, parameters[-1], kernel.emit)
+    def make(self, *values):
+        return make_module(self.task, values[-1], Kernel(self.task, *values).emit)
 
 
 class Kernel:

@@ -170,11 +170,7 @@ class Kernel(StagedKernel):
 
 
 class MmaTemplate(StagedTemplate):
-    """The kernels of a task that differ in their parameters."""
-
-    number = 100  # among a task's design spaces: see find.py
-
-    PARAMETERS, CONFIG, KERNEL = PARAMETERS, Config, Kernel
+    number, parameters, make_config, kernel = 100, PARAMETERS, Config, Kernel
 
     @staticmethod
     def is_possible(config):

@@ -12,6 +12,7 @@ from tvm_items.templates.expressions import dtype_of, find, loads_of
 from tvm_items.templates.product_module import make_module
 from tvm_items.templates.product_task import on_buffers
 from tvm_items.templates.row_task import RowTask
+from tvm_items.templates.template import Template
 
 MAX_HELD_ELEMENTS = 256  # of a thread: not all of them are in its 255 registers at once
 
@@ -23,21 +24,10 @@ PARAMETERS = (ROW_THREADS, BLOCK_THREADS, VECTOR)
 
 
 @dataclasses.dataclass
-class RowReductionTemplate:
-    """The kernels of a task that differ in their parameters."""
-
-    number = 105  # among a task's design spaces: see find.py
+class RowReductionTemplate(Template):
+    number, parameters = 105, PARAMETERS
 
     task: RowTask
-
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in PARAMETERS]
-
-    def read(self, decisions):
-        """Returns the values of the parameters."""
-        return [options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)]
 
     def fits(self, decisions):
         """Returns whether the kernel of these decisions can be made and is no obvious waste."""
@@ -51,12 +41,8 @@ class RowReductionTemplate:
             return False
         return -(-columns // (row_threads * vector)) * vector * max(1, len(held)) <= MAX_HELD_ELEMENTS
 
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, scheduled. Raises ValueError where the device cannot run it."""
-        if not self.fits(decisions):
-            raise ValueError(f"no kernel of {self.read(decisions)} fits the device")
-        parameters = self.read(decisions)
-        return make_module(self.task, 1, lambda buffers, _: Kernel(self.task, buffers, *parameters).emit())
+    def make(self, *values):
+        return make_module(self.task, 1, lambda buffers, _: Kernel(self.task, buffers, *values).emit())
 
 
 class Kernel:

@@ -11,37 +11,28 @@ from tvm_items.templates.expressions import zero
 from tvm_items.templates.output_tile import OutputTile, staging_bytes
 from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
+from tvm_items.templates.template import Template
 from tvm_items.templates.tiles import CHUNK_BYTES, Tile, copy_tile
 
 
 @dataclasses.dataclass
-class StagedTemplate:
-    """The kernels of a task that differ in their parameters; find.py says what a template is.
+class StagedTemplate(Template):
+    """What is common to these templates.
 
-    A kind of kernel gives its PARAMETERS, the options of each; its CONFIG, one choice of all of them, which has rows
-    and columns (of a block's tile, the first two PARAMETERS), chunks (of 16 bytes: a step's terms), stages, group
-    (locate()'s), parts (of each sum) and staged (whether sums go through shared memory); its KERNEL, which emits one;
-    and is_possible(config), whether there is such a kernel, as far as the kind knows.
+    A kind of kernel has, beside its number and parameters, make_config(*values), one choice of all of them, which has
+    rows and columns (of a block's tile, the first two parameters), chunks (of 16 bytes: a step's terms), stages, group
+    (locate()'s), parts (of each sum) and staged (whether sums go through shared memory); kernel(template, config),
+    which emits one; and is_possible(config), whether there is such a kernel, as far as the kind knows.
     """
 
     task: ProductTask
     max_shared_bytes: int  # of a block
 
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in self.PARAMETERS]
-
-    def config(self, decisions):
-        """Returns the CONFIG of decisions, which are indices of options."""
-        return self.CONFIG(*(options[decision] for options, decision in zip(self.PARAMETERS, decisions, strict=True)))
-
     def fits(self, decisions):
-        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
-        config = self.config(decisions)
+        config = self.make_config(*self.read(decisions))
         if not self.is_possible(config):
             return False
-        rows, columns, *_ = self.PARAMETERS
+        rows, columns, *_ = self.parameters
         if is_oversized(config.rows, self.task.rows.extent, rows):
             return False
         if is_oversized(config.columns, self.task.columns.extent, columns):
@@ -70,12 +61,9 @@ class StagedTemplate:
         staged = staging_bytes(config.rows, config.columns) if config.staged else 0
         return max(staged, config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config)))
 
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
-        if not self.fits(decisions):
-            raise ValueError("these decisions do not fit the device or the task")
-        config = self.config(decisions)
-        return make_module(self.task, config.parts, self.KERNEL(self, config).emit)
+    def make(self, *values):
+        config = self.make_config(*values)
+        return make_module(self.task, config.parts, self.kernel(self, config).emit)
 
 
 class StagedKernel:

@@ -331,11 +331,7 @@ def is_matrix(operand):
 
 
 class WgmmaTemplate(StagedTemplate):
-    """The kernels of a task in fp16 or bf16 that differ in their parameters."""
-
-    number = 101  # among a task's design spaces: see find.py
-
-    PARAMETERS, CONFIG, KERNEL = PARAMETERS, Config, Kernel
+    number, parameters, make_config, kernel = 101, PARAMETERS, Config, Kernel
 
     def is_possible(self, config):
         if config.rows % (INSTRUCTION_ROWS * config.consumers) or config.sums > MAX_SUMS_OF_A_THREAD:
