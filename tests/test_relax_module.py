@@ -70,6 +70,44 @@ def test_convolutions_become_channels_last_before_a_squeeze(tvm):
     assert "conv2d_nhwc" in module.script()
 
 
+class Sounds(torch.nn.Module):
+    """Convolutions along time, as models of speech have them: strided, grouped, and a norm over all of a channel.
+
+    With axes counted from the end, of which TVM's pass would make a layout that is none (Mamba 2). transposed: whether
+    there is a transposed convolution, too, for which TVM has no channels last (Mimi).
+    """
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.strided, self.norm = torch.nn.Conv1d(6, 16, 10, stride=5), torch.nn.GroupNorm(16, 16)
+        self.grouped = torch.nn.Conv1d(16, 16, 4, padding=2, groups=2)
+        self.transposed = torch.nn.ConvTranspose1d(16, 16, 3) if transposed else torch.nn.Identity()
+
+    def forward(self, x):
+        sounds = torch.nn.functional.gelu(self.norm(self.strided(x)))
+        sounds = self.transposed(sounds + self.grouped(sounds)[:, :, :-1])
+        return sounds.permute(0, -1, -2).mean(-2), sounds.unsqueeze(-1) * torch.arange(2.0) @ torch.eye(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_along_time_become_channels_last_where_all_can(tvm, transposed):
+    torch.manual_seed(0)
+    model, x = Sounds(transposed).eval(), torch.randn(2, 6, 100)
+    exported, target = export_for_tvm(model, {"x": x}), tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    module, weights = tuned_module(exported, target)
+    weights_read = [
+        tuple(int(size) for size in function.params[1].shape)
+        for name, function in module.functions_items()
+        if "conv1d" in name.name_hint and "transpose" not in name.name_hint
+    ]
+    assert sorted(weights_read) == ([(16, 6, 10), (16, 8, 4)] if transposed else [(4, 8, 16), (10, 6, 16)])
+    case = make_case(transformers.BertConfig(), device="cpu")
+    run = compile_and_bind(module, weights, exported, {"x": x}, target, case, passes_after_scheduling(target), {})
+    for output, expected in zip(run(), model(x), strict=True):
+        torch.testing.assert_close(torch.from_dlpack(output), expected)
+
+
 class Heads(torch.nn.Module):
     """Linear layers with an even number of columns, with an odd one, and with an odd one of terms, too."""
 

@@ -37,18 +37,29 @@ def subtract_integers_by_adding(graph):
 
 
 def count_from_the_front(graph):
-    """Replaces negative indices of select() and negative axes of squeeze(), in place.
+    """Replaces negative indices of select(), and negative axes of all operators, in place.
 
-    With a negative index, as in hidden[:, -1], the kernel would read in front of the tensor. With a negative axis
-    ConvertLayout, which tvm_tune uses, runs out of memory.
+    With a negative index, as in hidden[:, -1], the kernel would read in front of the tensor. With a negative axis of
+    squeeze() or permute() ConvertLayout, which tvm_tune uses, runs out of memory or makes a layout that is none.
     """
     for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
         if node.target == aten.select.int and node.args[2] < 0:
             source, dim, index = node.args
             node.args = (source, dim, index + source.meta["val"].shape[dim])
-        elif node.target == aten.squeeze.dims:
-            source, dims = node.args
-            node.args = (source, [dim % source.meta["val"].ndim for dim in dims])
+        counted = []
+        for argument, value in zip(node.target._schema.arguments, node.args):
+            if argument.name in ("dim", "dims") and value is not None:
+                of = node if node.target == aten.unsqueeze.default else first_tensor(node)
+                value = tree_map(lambda axis, rank=of.meta["val"].ndim: axis % rank if rank else axis, value)
+            counted.append(value)
+        node.args = (*counted, *node.args[len(counted) :])
+
+
+def first_tensor(node):
+    """Returns the node that an operator has as its first argument, or as the first one of a list."""
+    return node.args[0] if isinstance(node.args[0], torch.fx.Node) else node.args[0][0]
 
 
 def count_indices_from_the_front(exported):

@@ -39,7 +39,7 @@ def prepare(module, target, allow_tf32):
     from tvm import relax
 
     passes = [
-        relax.transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "HWIO"]}),  # what tensor cores need
+        relax.transform.ConvertLayout(channels_last(module)),
         widen_channels(allow_tf32),
         cancel_permutations(),
         read_odd_weights_along_terms(),
@@ -55,6 +55,25 @@ def prepare(module, target, allow_tf32):
     ]
     with target, tvm.transform.PassContext(opt_level=3):
         return tvm.transform.Sequential(passes)(module)
+
+
+def channels_last(module):
+    """Returns the layouts, as ConvertLayout takes them, that tensor cores need for the convolutions of a Relax module.
+
+    Those over three dimensions cut videos into patches, whose lines are in one piece as it is. Those over one stay as
+    they are beside transposed ones, for which TVM has no such layout, and which ConvertLayout would give it, too.
+    """
+    from tvm import relax
+
+    called = set()
+
+    def look(part):
+        called.add(getattr(getattr(part, "op", None), "name", None))
+
+    for _, function in module.functions_items():
+        relax.analysis.post_order_visit(function, look)
+    layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
+    return layouts if "relax.nn.conv1d_transpose" in called else layouts | {"relax.nn.conv1d": ["NWC", "WIO"]}
 
 
 def widen_channels(allow_tf32):
@@ -142,6 +161,7 @@ def read_odd_weights_along_terms():
     bytes, as TMA and wide copies want them.
     """
     import tvm
+    from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
     @mutator
@@ -158,6 +178,8 @@ def read_odd_weights_along_terms():
         def find_odd_weight(self, call):
             """Returns the Relax variable of such a weight, None where the call is of another kind."""
             if call.op != tvm.ir.Op.get("relax.matmul"):
+                return None
+            if not isinstance(call.args[1], relax.Var):  # a constant
                 return None
             permutation = self.lookup_binding(call.args[1])
             if getattr(permutation, "op", None) != tvm.ir.Op.get("relax.permute_dims"):
