@@ -122,6 +122,20 @@ def combine_booleans(graph):
                 node.target = logical
 
 
+def cut_windows(graph):
+    """Makes windows of average pooling no larger than the image, in place: TVM would pad the image to their size.
+
+    Along such an axis there is one window, and PyTorch divides by what of the image is in it. EfficientNet's windows
+    are as large as it has channels: the padded images would take 67 GB.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.avg_pool2d.default):
+        image, window, *rest = node.args
+        sides = image.meta["val"].shape[-2:]
+        has_padding, has_divisor = len(rest) > 1 and any(rest[1]), len(rest) > 4 and rest[4] is not None
+        if not has_padding and not has_divisor:
+            node.args = (image, list(map(min, window, sides)), *rest)
+
+
 def drop_empty_parts(graph):
     """Drops tensors without an element from concatenations, in place, and makes those that are left anew.
 

@@ -17,6 +17,7 @@ from tvm_items.exported_graph import (
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
+    cut_windows,
     drop_empty_parts,
     drop_numbers_from_output,
     sort_largest,
@@ -138,6 +139,7 @@ def import_to_relax(exported):
     sort_plainly(exported.graph)
     count_upwards(exported.graph)
     combine_booleans(exported.graph)
+    cut_windows(exported.graph)
     drop_empty_parts(exported.graph)
     drop_numbers_from_output(exported)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
