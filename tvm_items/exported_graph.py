@@ -1,5 +1,7 @@
 """What TVM's importer refuses or gets wrong, rewritten in the exported graph before the import."""
 
+import operator
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -132,8 +134,9 @@ def cut_windows(graph):
         image, window, *rest = node.args
         sides = image.meta["val"].shape[-2:]
         has_padding, has_divisor = len(rest) > 1 and any(rest[1]), len(rest) > 4 and rest[4] is not None
-        if not has_padding and not has_divisor:
-            node.args = (image, list(map(min, window, sides)), *rest)
+        if any(map(operator.gt, window, sides)) and not has_padding and not has_divisor:
+            stride, *others = rest  # TVM adds it to the image too
+            node.args = (image, list(map(min, window, sides)), list(map(min, stride, sides)), *others)
 
 
 def drop_empty_parts(graph):
