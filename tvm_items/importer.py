@@ -24,7 +24,7 @@ from tvm_items.exported_graph import (
     sort_plainly,
     subtract_integers_by_adding,
 )
-from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
+from tvm_items.in_place import check_writes, convert_index_copy, drop_writes_of_the_same, keep_writes
 from tvm_items.known_values import fix_inputs, fold_known_values, fold_what_tvm_lacks, has_unknown_sizes, known_values
 from tvm_items.loops import loops_over_all_places
 from tvm_items.masks import masks_of_ones_left_out, watch_masks
@@ -59,6 +59,7 @@ def export_for_tvm(model, inputs, whole_attention=False):
                     error = export_error
             else:
                 if not has_unknown_sizes(exported):
+                    drop_writes_of_the_same(exported)
                     check_writes(exported)
                     if not watch.may_differ():
                         return exported
