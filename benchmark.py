@@ -118,7 +118,8 @@ def parse_args(argv=None):
     add(
         "--tune-trials",
         type=at_least_one,
-        help=f"tvm_tune: candidates to measure for each task, on average (default: {tuning.TUNE_TRIALS})",
+        help="tvm_tune: candidates to measure for each task, on average "
+        f"(default: {tuning.TUNE_TRIALS}; with --tune-minutes no limit)",
     )
     add("--tune-minutes", type=positive, help=f"tvm_tune: end of a case's search (default: {tuning.TUNE_MINUTES:g})")
     add("--tuning-dir", type=Path, help="where the schedules are (default: results/local/tuning, results/tuning)")

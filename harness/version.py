@@ -4,7 +4,7 @@ import functools
 import subprocess
 from pathlib import Path
 
-VERSION = "1.0.0.dev0"
+VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parent.parent
 # What a number may depend on: a commit that changes docs or results alone leaves rows comparable.
 CODE = ("benchmark.py", "harness", ":!harness/reports", "tvm_items", "requirements.txt")

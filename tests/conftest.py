@@ -23,6 +23,7 @@ QUICK = "-- --weights random --test-items torch --iterations 3".split()  # what 
 # TVM's target, as find_target() gives it there.
 H200 = """{"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024, "max_threads_per_block": 1024,
            "max_shared_memory_per_block": 49152, "thread_warp_size": 32}"""
+TURING = H200.replace("sm_90", "sm_75")  # which no template runs on
 TINY_RESNET = {
     "model_type": "resnet",
     "architectures": ["ResNetForImageClassification"],

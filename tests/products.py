@@ -58,25 +58,26 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=Fal
     return module, [*tensors, torch.full_like(expected, torch.nan)], expected
 
 
-def make_convolution(shape, dtype, stride, padding, dilation):
+def make_convolution(shape, dtype, stride, padding, dilation, groups=1):
     """Returns what make_batched_product() does, of a convolution with a bias and ReLU, channels last.
 
-    shape: (batch, size, input channels, output channels, window).
+    shape: (batch, size, input channels, output channels, window). size and window: of a square, or (height, width).
     """
     import tvm
     from tvm import te, topi
 
     batch, size, channels, features, window = shape
-    x = te.placeholder((batch, size, size + 1, channels), dtype, "x")
-    w = te.placeholder((window, window, channels, features), dtype, "w")
+    size, window = (extent if isinstance(extent, tuple) else (extent, extent) for extent in (size, window))
+    x = te.placeholder((batch, *size, channels), dtype, "x")
+    w = te.placeholder((*window, channels // groups, features), dtype, "w")
     bias = te.placeholder((1, 1, 1, features), dtype, "bias")
-    sums = topi.nn.conv2d_nhwc(x, w, stride, padding, dilation, out_dtype="float32")
+    sums = topi.nn.conv(x, w, stride, padding, dilation, groups, "NHWC", "HWIO", "float32")
     output = topi.nn.relu(topi.add(topi.cast(sums, dtype), bias))
     generator = torch.Generator().manual_seed(0)
     tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias)]
-    tensors[1] /= (channels * window * window) ** 0.5
+    tensors[1] /= (channels // groups * window[0] * window[1]) ** 0.5
     images, filters = tensors[0].float().permute(0, 3, 1, 2), tensors[1].float().permute(3, 2, 0, 1)
-    sums = torch.nn.functional.conv2d(images, filters, None, stride, padding, dilation)
+    sums = torch.nn.functional.conv2d(images, filters, None, stride, padding, dilation, groups)
     expected = torch.relu(sums.permute(0, 2, 3, 1).to(tensors[0].dtype) + tensors[2]).contiguous()
     module = tvm.IRModule({"main": te.create_prim_func([x, w, bias, output]).with_attr("global_symbol", "main")})
     return module, [*tensors, torch.full_like(expected, torch.nan)], expected

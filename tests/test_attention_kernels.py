@@ -14,6 +14,7 @@ from tvm_items.search import search
 from tvm_items.tasks import default_schedule
 from tvm_items.templates.attention_task import Attention, Source, define_attention, read_attention
 from tvm_items.templates.find import FIRST_TEMPLATE, find_templates
+from tvm_items.templates.fma import FmaTemplate
 
 HEAD_DIMS = {"float16": (32, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
 
@@ -207,9 +208,10 @@ def test_what_does_not_fit_is_refused(tvm):
         devices[0].realize(large)
 
 
-def test_other_tasks_and_devices_have_no_templates(tvm):
+def test_other_tasks_and_devices_do_not_have_these_templates(tvm):
     hopper, attention = json.loads(H200), tvm.IRModule({"main": define_attention(make_attention())})
-    assert find_templates(make_product(16), tvm.target.Target(hopper)) == []
+    (of_product,) = find_templates(make_product(16), tvm.target.Target(hopper))
+    assert isinstance(of_product, FmaTemplate)
     assert find_templates(attention, tvm.target.Target({**hopper, "arch": "sm_75"})) == []
     assert find_templates(attention, tvm.target.Target({"kind": "llvm", "num-cores": 2})) == []
 

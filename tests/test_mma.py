@@ -14,7 +14,7 @@ from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
 from tvm_items.templates.epilogue import LOG2_ERFC
 from tvm_items.templates.find import find_templates
-from tvm_items.templates.mma import PARAMETERS, Config
+from tvm_items.templates.mma import PARAMETERS, Config, MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32
 
 
@@ -88,6 +88,7 @@ def test_the_error_of_erf():
     "shape, dtype, geometry, options",
     [
         ((2, 9, 16, 40, 3), "float16", (2, 1, 1), {}),
+        ((2, 9, 32, 48, 3), "float16", (2, 1, 1, 4), {}),  # four groups, each a product
         pytest.param((1, 11, 8, 32, 3), "bfloat16", (1, 2, 2), {"staged": True, "stages": 4}, marks=pytest.mark.slow),
         ((1, 14, 3, 24, 4), "float16", (4, 0, 1), {"rows": 16, "warps_along_rows": 1}),  # three channels: one by one
         pytest.param(
@@ -130,7 +131,8 @@ def test_what_fits_and_what_does_not(tvm):
     assert not template.fits(decide(**big, stages=4)) and template.fits(decide(**big, stages=2))
     old = tvm.target.Target(json.loads(H200) | {"arch": "sm_75"})
     assert find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], old) == []
-    assert find_templates(make_batched_product((1, 3152, 3072, 768), "float32")[0], target) == []  # IEEE
+    (template,) = find_templates(make_batched_product((1, 3152, 3072, 768), "float32")[0], target)
+    assert not isinstance(template, MmaTemplate)  # it would round to TF32
 
 
 def test_kernels_compile_for_hopper(tvm):

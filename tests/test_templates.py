@@ -18,7 +18,7 @@ from tvm_items.templates.find import find_templates
         (torch.float16, False, ["MmaTemplate", "WgmmaTemplate"]),
         (torch.bfloat16, False, ["MmaTemplate", "WgmmaTemplate"]),
         (torch.float32, True, ["MmaTemplate"]),
-        (torch.float32, False, []),  # IEEE fp32
+        (torch.float32, False, ["FmaTemplate"]),  # IEEE fp32
     ],
 )
 @torch.no_grad()

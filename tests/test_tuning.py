@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -121,7 +122,7 @@ def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
     fields = {"model_name": str(tuned.directory / "model"), "batch_size": 2, "device_name": device}
     case = make_case(find_model("model", "random")[0], tuning_dirs=(tuned.directory / "tuning",), **fields)
     assert tuning.runs_unasked(case) and tuning.plan_tuning(case, None, None) == (None, tuning.ROUND_LIMIT_S)
-    assert tuning.plan_tuning(case, None, 1) == (tuning.TUNE_TRIALS, 60)
+    assert tuning.plan_tuning(case, None, 1) == (math.inf, 60)
     assert not tuning.runs_unasked(dataclasses.replace(case, precision="fp16"))
 
     done = tuned.run("--batch-size", "2", "--test-items", "tvm_tune", "--iterations", "20")
@@ -134,6 +135,11 @@ def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
     assert {line["task"] for line in found_here}.isdisjoint(json.loads(line)["task"] for line in before)
     assert any(line["space"] is not None and line["seconds"] < 0.8 * line["default_seconds"] for line in found_here)
     assert tuning.plan_tuning(case, None, None) is None  # what it has found is there
+    library = tuning.find_library(case)
+    library.cases[tuning.tuned_name(case)]["asked_trials"] = 100
+    monkeypatch.setattr(tuning, "find_library", lambda *_, **__: library)
+    assert tuning.plan_tuning(case, 100, 1) is None and tuning.plan_tuning(case, 101, 1) == (101, 60)
+    assert tuning.plan_tuning(case, None, 1) == (math.inf, 60)  # this version may have kernels that were not tried
 
 
 def test_a_damaged_library_is_refused(tuned):

@@ -80,6 +80,12 @@ def test_a_convolution(tvm):
     check(tvm, task, rows=128, consumers=2, stages=2, tma=True)  # one of 1 x 1 is, and needs no detour
 
 
+def test_a_grouped_convolution(tvm):
+    task = make_convolution((1, 5, 32, 80, 3), "bfloat16", 1, 1, 1, groups=2)
+    assert find_template(tvm, task[0]).are_matrices == (False, True)  # a group's columns of the weights are one, too
+    check(tvm, task, tma=True)
+
+
 def test_only_hopper_has_it(tvm):
     module, *_ = make_batched_product((1, 3152, 3072, 768), "float16")
     big = {"rows": 128, "columns": 256, "consumers": 2}

@@ -33,9 +33,10 @@ def tune(tasks, starts, target_json, device, path, origin, case, tolerance, aske
 
     tasks: list of Tasks. starts: {task's key: Start}, what the library has for some of them. target_json:
     find_target()'s. device: "cpu" or "cuda:N". path, origin: of the journal, as in read_journal(). case: the library's
-    TunedCase as it is now, or None. tolerance: the largest relative error of a task's outputs. asked_trials: None for
-    no search: what `starts` has is measured and that is all. workers: the number of processes that search and build.
-    scratch: an existing directory for what they build. No thread and no CUDA context may be in the calling process.
+    TunedCase as it is now, or None. tolerance: the largest relative error of a task's outputs. asked_trials: inf for as
+    many as there is time for; None for no search: what `starts` has is measured and that is all. workers: the number of
+    processes that search and build. scratch: an existing directory for what they build. No thread and no CUDA context
+    may be in the calling process.
 
     Returns a Tuned. Raises TuningFileError where the journal cannot be used, RuntimeError where TVM's default schedule
     works for no task.
@@ -143,7 +144,7 @@ class TuningLoop:
         spent = {
             "tune_time_s": round(self.spent_before_s + self.elapsed_s(), 1),
             "tune_trials": self.trials_done,
-            "asked_trials": self.asked_trials if self.searches and is_complete else 0,
+            "asked_trials": self.asked_trials if math.isfinite(self.budget) and is_complete else 0,
         }
         return Tuned(records, measured, spent)
 

@@ -91,20 +91,32 @@ class DesignSpaces:
 
     def __init__(self, module_json, target_json):
         import tvm
-        from tvm.s_tir import Schedule
-        from tvm.s_tir import meta_schedule as ms
 
         self.target = load_target(target_json)
         self.module = tvm.ir.load_json(module_json)
+        self.templates = {template.number: template for template in find_templates(self.module, self.target)}
         kind = self.target.kind.name
         if kind == "cuda" and "float16" in module_json:  # or bfloat16
             kind = "cuda-tensorcore"
-        rules = dict.fromkeys(("sch_rules", "postprocs", "mutator_probs"), kind)
+        self.kind, self.is_bf16 = kind, "bfloat16" in module_json
         self.with_tensor_cores = kind == "cuda-tensorcore"
-        is_bf16 = self.with_tensor_cores and "bfloat16" in module_json
-        if is_bf16:
+
+    @functools.cached_property
+    def numbers(self):
+        """The numbers of all design spaces."""
+        return [*range(len(self)), *self.templates]
+
+    @functools.cached_property
+    def _spaces(self):
+        """MetaSchedule's design spaces. They take a third of a second to generate, which a template does without."""
+        from tvm.s_tir import Schedule
+        from tvm.s_tir import meta_schedule as ms
+
+        kind, found = self.kind, []
+        rules = dict.fromkeys(("sch_rules", "postprocs", "mutator_probs"), kind)
+        rewrites_rows = self.with_tensor_cores and self.is_bf16
+        if rewrites_rows:
             rules["sch_rules"] = rules_for_bf16()
-        self._spaces = []
         for split in find_rewrites(self.module) if kind.startswith("cuda") else [AS_IT_IS]:
             self.context = ms.TuneContext(
                 rewrite_product(Schedule(self.module), split).mod,
@@ -117,13 +129,12 @@ class DesignSpaces:
                 schedules = self.context.generate_design_space()
             except Exception:  # MetaSchedule's rules cannot take every function: several reductions, as of an attention
                 continue
-            if is_bf16:
+            if rewrites_rows:
                 for schedule in schedules:
                     pad_rows_for_tensor_cores(schedule)
-            self._spaces += [self._read_space(schedule.trace, split) for schedule in schedules]
+            found += [self._read_space(schedule.trace, split) for schedule in schedules]
         self.extractor = ms.feature_extractor.PerStoreFeature()
-        self.templates = {template.number: template for template in find_templates(self.module, self.target)}
-        self.numbers = [*range(len(self._spaces)), *self.templates]
+        return found
 
     def __len__(self):
         return len(self._spaces)
@@ -154,10 +165,10 @@ class DesignSpaces:
         number: of the design space; None too where there is none of that number. A decision that is None is drawn by
         TVM.
         """
-        if number not in self.numbers:
-            return None
         if number in self.templates:
             return (self[number].realize(decisions), decisions) if self.fits_template(number, decisions) else None
+        if number not in self.numbers:
+            return None
         applied = self._apply(number, decisions)
         return applied and (applied[0].mod, applied[1])
 
@@ -219,7 +230,7 @@ class DesignSpaces:
 
         number: of the design space, in both tasks. adapt_decision() says what changes, and what `loosely` means.
         """
-        if number not in self.numbers or len(decisions) != len(self[number].choices):
+        if not (number in self.templates or number in self.numbers) or len(decisions) != len(self[number].choices):
             return None
         space = self[number]
         adapted = [adapt_decision(choice, decision, loosely) for choice, decision in zip(space.choices, decisions)]

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import tempfile
@@ -94,17 +95,19 @@ def describe_search(case):
 def plan_tuning(case, tune_trials, tune_minutes):
     """Returns (trials for each task on average, seconds) to tune the case with, None where there is nothing to do.
 
-    tune_trials, tune_minutes: what the user asks for, or None. Without both there is nothing to do for a case that was
-    tuned, and one short round, with None for the trials, where others were; a search where none was. Raises UserError
-    where the library or the case's journal cannot be used.
+    tune_trials, tune_minutes: what the user asks for, or None. With minutes alone a search has as many trials as fit,
+    whatever was tuned before: another version may have other kernels. Without both there is nothing to do for a case
+    that was tuned, and one short round, with None for the trials, where others were; a search where none was. Raises
+    UserError where the library or the case's journal cannot be used.
     """
     try:
         library = find_library(case, with_others=True)  # now, so that a warning is seen
         read_journal(*journal_of(case))
     except TuningFileError as error:
         raise UserError(str(error)) from None
-    tuned, asked_trials = library.cases.get(tuned_name(case)), tune_trials or TUNE_TRIALS
+    tuned = library.cases.get(tuned_name(case))
     if tune_trials or tune_minutes or not has_schedules(case, library):
+        asked_trials = tune_trials or (math.inf if tune_minutes else TUNE_TRIALS)
         is_done = tuned and tuned["asked_trials"] >= asked_trials
         return None if is_done else (asked_trials, 60 * (tune_minutes or TUNE_MINUTES))
     return None if tuned else (None, ROUND_LIMIT_S)

@@ -9,6 +9,8 @@ the task's signature and is scheduled. It raises ValueError where there is none.
 from tvm_items.target import compute_capability, max_shared_bytes
 from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
+from tvm_items.templates.depthwise import DepthwiseTemplate, find_depthwise_task
+from tvm_items.templates.fma import FmaTemplate
 from tvm_items.templates.gemv import GemvTemplate, is_gemv
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
@@ -32,11 +34,15 @@ def find_templates(module, target):
         return attention_templates(attention, limit)
     task = find_product_task(module)
     if task is None:
-        rows = find_row_task(module)
+        depthwise, rows = find_depthwise_task(module), find_row_task(module)
+        if depthwise is not None:
+            return [DepthwiseTemplate(depthwise)]
         return [] if rows is None else [RowReductionTemplate(rows)]
     templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
-    if task.rows.extent < MIN_MMA_ROWS or (task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs):
+    if task.rows.extent < MIN_MMA_ROWS:
         return templates
+    if task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs:
+        return [*templates, FmaTemplate(task, limit)]
     templates.append(MmaTemplate(task, limit))
     if compute_capability(target) == HOPPER and task.dtype != "float32" and task.rows.extent >= MIN_WGMMA_ROWS:
         templates.append(WgmmaTemplate(task, limit))

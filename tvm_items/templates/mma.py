@@ -1,18 +1,12 @@
 """A template for products on tensor cores by mma.sync, which every NVIDIA GPU since compute capability 8.0 has.
 
-A block of threads computes a tile of the output. It copies tiles of both operands into shared memory, several steps
-ahead of the one that it computes; a warp loads fragments of them by ldmatrix, one ahead of those that it multiplies.
-The structure is that of CUTLASS's multistage kernels (https://github.com/NVIDIA/cutlass, mma_multistage.h).
+A warp loads fragments of the tiles that its block has staged by ldmatrix, one ahead of those that it multiplies.
 """
 
 import dataclasses
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
-from tvm_items.templates.expressions import zero
-from tvm_items.templates.output_tile import OutputTile, staging_bytes
-from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
-from tvm_items.templates.product_task import ProductTask
-from tvm_items.templates.tiles import Tile, copy_tile
+from tvm_items.templates.staged_kernel import StagedKernel, StagedTemplate
 
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
 
@@ -54,192 +48,64 @@ class Config:
         return self.columns // self.warps_along_columns
 
 
-@dataclasses.dataclass
-class MmaTemplate:
-    """The kernels of a task that differ in their parameters."""
-
-    number = 100  # among a task's design spaces: see find.py
-
-    task: ProductTask
-    max_shared_bytes: int  # of a block
-
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in PARAMETERS]
-
-    def config(self, decisions):
-        """Returns the Config of decisions, which are indices of options."""
-        return Config(*(options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)))
-
-    def fits(self, decisions):
-        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
-        config = self.config(decisions)
-        if config.warp_rows % 16 or config.warp_columns % 16:
-            return False
-        if config.warp_rows * config.warp_columns // WARP_THREADS > MAX_SUMS_OF_A_THREAD:
-            return False
-        if is_oversized(config.rows, self.task.rows.extent, ROWS):
-            return False
-        if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
-            return False
-        steps = self.steps(config)
-        if not parts_fit(self.task, steps, config.parts) or (config.staged and config.parts > 1):
-            return False
-        if config.stages > max(2, steps // config.parts + 1):
-            return False
-        return config.threads <= MAX_BLOCK_THREADS and self.shared_bytes(config) <= self.max_shared_bytes
-
-    def tiles(self, config):
-        """Returns the Tiles of both operands."""
-        element_bytes = 4 if self.task.dtype == "float32" else 2
-        terms = config.chunks * 16 // element_bytes
-        return (
-            Tile(self.task.left, self.task.dtype, config.rows, terms),
-            Tile(self.task.right, self.task.dtype, config.columns, terms),
-        )
-
-    def steps(self, config):
-        """Returns the number of steps in which a block would go through all terms."""
-        return -(-self.task.terms.extent // self.tiles(config)[0].terms)
-
-    def shared_bytes(self, config):
-        """Returns the bytes of shared memory that a block needs."""
-        staged = staging_bytes(config.rows, config.columns) if config.staged else 0
-        return max(staged, config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config)))
-
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
-        if not self.fits(decisions):
-            raise ValueError("these decisions do not fit the device or the task")
-        config = self.config(decisions)
-        return make_module(self.task, config.parts, Kernel(self, config).emit)
-
-
-class Kernel:
+class Kernel(StagedKernel):
     """The kernel of one Config, while it is emitted."""
 
+    SIDE_BY_SIDE = 2
+
     def __init__(self, template, config):
-        self.task, self.config = template.task, config
-        self.left, self.right = template.tiles(config)
-        self.steps = template.steps(config)
-        self.shared_elements = template.shared_bytes(config) // self.left.element_bytes
-        self.row_tiles = -(-self.task.rows.extent // config.rows)
-        self.column_tiles = -(-self.task.columns.extent // config.columns)
+        super().__init__(template, config)
         self.row_blocks, self.column_blocks = config.warp_rows // 16, config.warp_columns // 8  # of an instruction
         # An instruction takes two chunks of terms; ldmatrix cannot transpose elements of 32 bits.
         self.instructions = config.chunks // 2
         self.is_tf32 = self.task.dtype == "float32"
 
-    def emit(self, buffers, partial):
-        """Emits the launch; buffers, partial: make_module()'s."""
-        from tvm import tirx
-        from tvm.script import tirx as T
+    def begin(self):
         from tvm.tirx.script.builder import ir as build
 
-        config, task, self.buffers = self.config, self.task, buffers
-        with (
-            build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
-            build.launch_thread("blockIdx.y", task.batch.extent) as batch,
-            build.launch_thread("blockIdx.z", config.parts) as part,
-            build.launch_thread("threadIdx.x", config.threads) as thread,
-        ):
-            self.batch, self.thread = batch, thread
-            row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
-            self.first_row = build.Bind(row_tile * config.rows)
-            self.first_column = build.Bind(column_tile * config.columns)
-            self.lane, warp = build.Bind(thread % WARP_THREADS), build.Bind(thread // WARP_THREADS)
-            self.warp_row = build.Bind(warp % config.warps_along_rows * config.warp_rows)
-            self.warp_column = build.Bind(warp // config.warps_along_rows * config.warp_columns)
-            self.first_step, count = steps_of_part(self.steps, config.parts, part)
-            self.shared = build.alloc_buffer((self.shared_elements,), task.dtype, scope="shared.dyn", align=1024)
-            self.sums = build.alloc_buffer((self.row_blocks * self.column_blocks * 4,), "float32", scope="local")
-            # Two of each, one of which is multiplied while the other is loaded.
-            self.left_fragments = build.alloc_buffer((2 * self.row_blocks * 4,), "uint32", scope="local")
-            self.right_fragments = build.alloc_buffer((2 * self.column_blocks * 2,), "uint32", scope="local")
-            with build.unroll(self.row_blocks * self.column_blocks * 4) as i:
-                build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
-            self.emit_steps(count)
-            tile = OutputTile(
-                task,
-                self.buffers,
-                config.rows,
-                config.columns,
-                batch,
-                self.first_row,
-                self.first_column,
-                self.emit_pairs,
-            )
-            if partial is not None:
-                tile.store_parts(partial, part)
-            elif config.staged:
-                build.evaluate(T.ptx["cp.async.wait_group"](0))
-                tile.store_through_shared_memory(
-                    self.shared, thread, config.threads, lambda: build.evaluate(T.cuda.cta_sync())
-                )
-            else:
-                tile.store_from_registers()
+        config = self.config
+        self.lane, warp = build.Bind(self.thread % WARP_THREADS), build.Bind(self.thread // WARP_THREADS)
+        self.warp_row = build.Bind(warp % config.warps_along_rows * config.warp_rows)
+        self.warp_column = build.Bind(warp // config.warps_along_rows * config.warp_columns)
+        self.zero_sums(self.row_blocks * self.column_blocks * 4)
+        # Two of each, one of which is multiplied while the other is loaded.
+        self.left_fragments = build.alloc_buffer((2 * self.row_blocks * 4,), "uint32", scope="local")
+        self.right_fragments = build.alloc_buffer((2 * self.column_blocks * 2,), "uint32", scope="local")
 
     def emit_steps(self, count):
         """Emits the loop over steps; count: how many, an int or an expression."""
-        from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
-        stages, ahead = self.config.stages, self.config.stages - 1
-        for step in range(ahead):
-            self.copy_if(step < count, zero() + step, step)
-        build.evaluate(T.ptx["cp.async.wait_group"](stages - 2))
-        build.evaluate(T.cuda.cta_sync())
+        stages, ahead = self.config.stages, self.copy_first_steps(count)
+        self.wait_for_stage()
         self.load_fragments(0, 0, 0)
         with build.serial(count) as step:
             for i in range(self.instructions):
                 is_last = i == self.instructions - 1
                 if is_last:  # of what comes next the fragments are loaded now
-                    build.evaluate(T.ptx["cp.async.wait_group"](stages - 2))
-                    build.evaluate(T.cuda.cta_sync())
+                    self.wait_for_stage()
                 self.load_fragments((step + is_last) % stages, (i + 1) % self.instructions, (i + 1) % 2)
                 if i == 0:
                     self.copy_if(step + ahead < count, step + ahead, (step + ahead) % stages)
                 self.multiply(i % 2)
 
-    def copy_if(self, condition, step, stage):
-        """Emits the copies of a step's tiles into a stage as one group, an empty one unless the condition is met."""
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        def copy():
-            start = stage * (self.left.elements + self.right.elements)
-            term = (self.first_step + step) * self.left.terms
-            common = (self.thread, self.config.threads, self.batch)
-            copy_tile(self.left, self.buffers, self.shared, start, *common, self.first_row, term)
-            copy_tile(
-                self.right, self.buffers, self.shared, start + self.left.elements, *common, self.first_column, term
-            )
-
-        if condition is True:
-            copy()
-        elif condition is not False:
-            with build.If(condition), build.Then():
-                copy()
-        build.evaluate(T.ptx["cp.async.commit_group"]())
-
     def load_fragments(self, stage, instruction, half):
         """Emits the loads of a warp's fragments for one of a stage's instructions into one half of the registers."""
         from tvm.tirx.script.builder import ir as build
 
-        start = stage * (self.left.elements + self.right.elements)
+        left, right = self.start_of(stage)
         with build.unroll(self.row_blocks) as i:
             registers = [(half * self.row_blocks + i) * 4 + r for r in range(4)]
             # Registers 1 and 3 are of the next 8 rows, 2 and 3 of the next chunk.
             self.load_matrices(
-                self.left, start, self.warp_row + i * 16, instruction * 2, self.left_fragments, registers, (1, 2)
+                self.left, left, self.warp_row + i * 16, instruction * 2, self.left_fragments, registers, (1, 2)
             )
         with build.unroll(self.column_blocks // 2) as j:
             registers = [half * self.column_blocks * 2 + j * 4 + r for r in range(4)]
             # Registers 1 and 3 are of the next chunk, 2 and 3 of the next 8 columns.
             self.load_matrices(
                 self.right,
-                start + self.left.elements,
+                right,
                 self.warp_column + j * 16,
                 instruction * 2,
                 self.right_fragments,
@@ -292,7 +158,7 @@ class Kernel:
             right = [self.right_fragments[(half * self.column_blocks + j) * 2 + r] for r in range(2)]
             build.evaluate(instruction(*sums, *left, *right, *sums))
 
-    def emit_pairs(self, emit):
+    def emit_sums(self, emit):
         """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
         from tvm.tirx.script.builder import ir as build
 
@@ -301,3 +167,17 @@ class Kernel:
             column = self.warp_column + j * 8 + self.lane % 4 * 2
             first = (i * self.column_blocks + j) * 4 + h * 2
             emit(row, column, [self.sums[first + e] for e in range(2)])
+
+
+class MmaTemplate(StagedTemplate):
+    """The kernels of a task that differ in their parameters."""
+
+    number = 100  # among a task's design spaces: see find.py
+
+    PARAMETERS, CONFIG, KERNEL = PARAMETERS, Config, Kernel
+
+    @staticmethod
+    def is_possible(config):
+        if config.warp_rows % 16 or config.warp_columns % 16 or config.threads > MAX_BLOCK_THREADS:
+            return False
+        return config.warp_rows * config.warp_columns // WARP_THREADS <= MAX_SUMS_OF_A_THREAD

@@ -20,13 +20,14 @@ class OutputTile:
     batch: object  # expressions: where the tile lies
     first_row: object
     first_column: object
-    # A function that emits emit(row, column, sums) for each pair of sums of a thread, side by side in the tile.
-    emit_pairs: object
+    # A function that emits emit(row, column, sums) for all sums of a thread, those together that are side by side.
+    emit_sums: object
+    side_by_side: int = 2
 
     def store_from_registers(self):
-        """Emits the epilogue of each pair of sums that a thread has."""
-        width = min(2, output_vector(self.task))
-        self.emit_pairs(lambda *pair: self.emit_outputs(width, *pair, self.store))
+        """Emits the epilogue of the sums that a thread has."""
+        width = min(self.side_by_side, output_vector(self.task))
+        self.emit_sums(lambda *place_and_sums: self.emit_outputs(width, *place_and_sums, self.store))
 
     def store_parts(self, partial, part):
         """Emits the writing of all sums into `partial`, as part number `part` of them: see emit_reduction()."""
@@ -40,7 +41,8 @@ class OutputTile:
             for e, value in enumerate(sums):
                 build.buffer_store(partial, value, [place + e])
 
-        self.emit_pairs(lambda *pair: self.emit_outputs(1 if task.columns.extent % 2 else 2, *pair, store))
+        width = 1 if task.columns.extent % self.side_by_side else self.side_by_side
+        self.emit_sums(lambda *place_and_sums: self.emit_outputs(width, *place_and_sums, store))
 
     def store_through_shared_memory(self, shared, thread, threads, synchronize):
         """Emits the epilogue of as many columns at once as a thread can write as one.
@@ -58,7 +60,7 @@ class OutputTile:
             for e, value in enumerate(sums):
                 build.buffer_store(staged, value, [row * line + column + e])
 
-        self.emit_pairs(stage)
+        self.emit_sums(stage)
         synchronize()
         vectors = self.columns // width
         with build.serial(-(-self.rows * vectors // threads), unroll=4) as i:

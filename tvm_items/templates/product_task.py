@@ -109,8 +109,20 @@ def on_buffers(expression, values, buffers, known=lambda load: None):
     return rewrite(expression, replace)
 
 
-def find_product_task(module):
-    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
+class Sums(typing.NamedTuple):
+    """A task that adds up products of two factors, taken apart."""
+
+    parameters: list  # of the task's function: buffers
+    factors: list  # (load, condition or None) of each
+    axes: list[Axis]  # loops over what is in both factors, in the first or the second one alone, and over terms
+    product: object  # the buffer that stands for the sums in `value`
+    value: object  # TIR: an element of the output
+    output: object  # the parameter that is written
+    indices: list  # TIR: where the element is written
+
+
+def find_sums(module):
+    """Returns the Sums of a task's IRModule before scheduling, None where it is something else."""
     from tvm.s_tir import Schedule
 
     schedule = Schedule(module)
@@ -126,26 +138,39 @@ def find_product_task(module):
     axes = sort_loops(product, factors)
     if axes is None:
         return None
-    batch, rows, columns, terms = axes
     # What the loops of the epilogue are called in the product; its loops are those of the product's buffer.
     renamed = {iter_var.var: index for iter_var, index in zip(epilogue.iter_vars, product.body.indices, strict=True)}
     store = epilogue.body
     indices = [keep_dtype(index, renamed) for index in store.indices]
     value = keep_dtype(store.value, renamed)
-    shape = buffer_shape(store.buffer)
-    if contiguous_run(indices, shape, *rows.innermost()) > contiguous_run(indices, shape, *columns.innermost()):
-        rows, columns, factors = columns, rows, factors[::-1]
-    if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS:
-        return None
+    groups = find_groups(axes, factors)
+    if groups is not None:
+        axes, replace = groups
+        factors = [tuple(part if part is None else rewrite(part, replace) for part in factor) for factor in factors]
+        indices, value = [rewrite(index, replace) for index in indices], rewrite(value, replace)
     parameters = list(schedule.mod["main"].params)
-    if batch.extent > MAX_BATCH or any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
+    if any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
+        return None
+    return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices)
+
+
+def find_product_task(module):
+    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
+    sums = find_sums(module)
+    if sums is None:
+        return None
+    (batch, rows, columns, terms), factors = sums.axes, sums.factors
+    place = sums.indices, buffer_shape(sums.output)
+    if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
+        rows, columns, factors = columns, rows, factors[::-1]
+    if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS or batch.extent > MAX_BATCH:
         return None
     left, right = (make_operand(*factor, (batch, axis, terms)) for factor, axis in zip(factors, (rows, columns)))
     dtypes = {dtype_of(left.load), dtype_of(right.load)}
     if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32"}:
         return None
     return ProductTask(
-        parameters=parameters,
+        parameters=sums.parameters,
         dtype=dtypes.pop(),
         batch=batch,
         rows=rows,
@@ -153,11 +178,11 @@ def find_product_task(module):
         terms=terms,
         left=left,
         right=right,
-        product=product.body.buffer,
-        value=value,
-        output=store.buffer,
-        indices=indices,
-        output_vector=contiguous_run(indices, shape, *columns.innermost()),
+        product=sums.product,
+        value=sums.value,
+        output=sums.output,
+        indices=sums.indices,
+        output_vector=contiguous_run(*place, *columns.innermost()),
     )
 
 
@@ -244,6 +269,59 @@ def sort_loops(product, factors):
         axes[name].variables.append(loop.var)
         axes[name].extents.append(extent)
     return list(axes.values())
+
+
+def find_groups(axes, factors):
+    """Returns the axes of a grouped convolution and how to rewrite its expressions for them, None where it is none.
+
+    TVM loops over all output channels, and reads input channels by the group that one is of, channel // size of a
+    group. That is one loop over groups, in both factors, and one over the channels of a group, in the weights alone.
+    The second result is for rewrite().
+    """
+    from tvm import tirx
+
+    both, *alone, terms = axes
+    pairs = list(zip(both.variables, both.extents))
+    for number, (channel, extent) in enumerate(pairs):
+        for in_data, (load, condition) in enumerate(factors):
+            sizes, others = find_divisors((*load.indices, condition), channel)
+            if others or len(sizes) != 1 or alone[1 - in_data].extent > 1:
+                continue
+            (size,) = sizes
+            group, within = (tirx.Var(name, dtype_of(channel)) for name in ("group", "within"))
+
+            def replace(part, channel=channel, size=size, group=group, within=within):
+                if isinstance(part, tirx.IntImm):
+                    return part
+                if isinstance(part, tirx.FloorDiv) and channel.same_as(part.a):
+                    return group
+                return group * size + within if channel.same_as(part) else None
+
+            pairs[number] = group, extent // size
+            both = Axis(*map(list, zip(*pairs)))
+            alone[1 - in_data] = Axis([within], [size])
+            return [both, *alone, terms], replace
+    return None
+
+
+def find_divisors(expressions, variable):
+    """Returns (divisors of `variable // divisor` in TIR expressions, whether it is in them otherwise, too)."""
+    from tvm import tirx
+
+    divisors, others = set(), []
+
+    def look(part):
+        if isinstance(part, tirx.FloorDiv) and variable.same_as(part.a) and isinstance(part.b, tirx.IntImm):
+            divisors.add(int(part.b.value))
+            return part
+        if variable.same_as(part):
+            others.append(part)
+        return None
+
+    for expression in expressions:
+        if expression is not None:
+            rewrite(expression, look)
+    return divisors, bool(others)
 
 
 def make_operand(load, condition, axes):

@@ -11,11 +11,11 @@ import functools
 
 from tvm_items.target import WARP_THREADS
 from tvm_items.templates.expressions import linear_strides
-from tvm_items.templates.output_tile import OutputTile, staging_bytes
-from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
-from tvm_items.templates.product_task import ProductTask
+from tvm_items.templates.output_tile import OutputTile
+from tvm_items.templates.product_module import locate, steps_of_part
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
-from tvm_items.templates.tiles import Tile, copy_tile
+from tvm_items.templates.staged_kernel import StagedTemplate
+from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
 
 WARPGROUP_THREADS = 128
 TERMS = 64  # of a step: in 16 bits a line of 128 bytes, which TMA and wgmma swizzle
@@ -53,6 +53,11 @@ class Config:
     tma: bool
 
     @property
+    def chunks(self):
+        """A step's terms, in chunks of 16 bytes."""
+        return TERMS * 2 // CHUNK_BYTES
+
+    @property
     def row_blocks(self):
         """How many instructions a warpgroup's rows take."""
         return self.rows // self.consumers // INSTRUCTION_ROWS
@@ -67,87 +72,11 @@ class Config:
         return self.consumers * WARPGROUP_THREADS
 
 
-@dataclasses.dataclass
-class WgmmaTemplate:
-    """The kernels of a task that differ in their parameters; find.py says what a template is."""
-
-    number = 101  # among a task's design spaces: see find.py
-
-    task: ProductTask  # in fp16 or bf16
-    max_shared_bytes: int  # of a block
-
-    @property
-    def choices(self):
-        """The number of options of each parameter."""
-        return [len(options) for options in PARAMETERS]
-
-    def config(self, decisions):
-        """Returns the Config of decisions, which are indices of options."""
-        return Config(*(options[decision] for options, decision in zip(PARAMETERS, decisions, strict=True)))
-
-    def fits(self, decisions):
-        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
-        config = self.config(decisions)
-        if config.rows % (INSTRUCTION_ROWS * config.consumers) or config.sums > MAX_SUMS_OF_A_THREAD:
-            return False
-        if is_oversized(config.rows, self.task.rows.extent, ROWS):
-            return False
-        if is_oversized(config.columns, self.task.columns.extent, COLUMNS):
-            return False
-        if not parts_fit(self.task, self.steps, config.parts) or (config.staged and config.parts > 1):
-            return False
-        if config.stages > max(2, self.steps // config.parts + 1):
-            return False
-        if config.tma and not any(self.are_matrices):
-            return False
-        return self.shared_bytes(config) <= self.max_shared_bytes
-
-    def tiles(self, config):
-        """Returns the Tiles of both operands."""
-        return (
-            Tile(self.task.left, self.task.dtype, config.rows, TERMS),
-            Tile(self.task.right, self.task.dtype, config.columns, TERMS),
-        )
-
-    @functools.cached_property
-    def are_matrices(self):
-        """Whether TMA can copy the left and the right operand."""
-        return is_matrix(self.task.left), is_matrix(self.task.right)
-
-    @property
-    def steps(self):
-        """The number of steps in which a block would go through all terms."""
-        return -(-self.task.terms.extent // TERMS)
-
-    def data_bytes(self, config):
-        """Returns the bytes of shared memory for the stages, or what takes their place."""
-        stages = config.stages * sum(tile.elements * tile.element_bytes for tile in self.tiles(config))
-        return max(stages, staging_bytes(config.rows, config.columns) if config.staged else 0)
-
-    def shared_bytes(self, config):
-        """Returns the bytes of shared memory that a block needs."""
-        return self.data_bytes(config) + 2 * config.stages * MBARRIER_BYTES
-
-    def realize(self, decisions):
-        """Returns the IRModule of the kernel, which is scheduled. Raises ValueError for decisions that do not fit."""
-        if not self.fits(decisions):
-            raise ValueError("these decisions do not fit the device or the task")
-        config = self.config(decisions)
-        return make_module(self.task, config.parts, Kernel(self, config).emit)
-
-
-def is_matrix(operand):
-    """Returns whether TMA can copy an operand: plain matrices with rows at multiples of 16 bytes."""
-    if operand.condition is not None or operand.vector != 8:
-        return False
-    return linear_strides(operand) is not None
-
-
 class Kernel:
     """The kernel of one Config, while it is emitted."""
 
     def __init__(self, template, config):
-        self.task, self.config, self.steps = template.task, config, template.steps
+        self.task, self.config, self.steps = template.task, config, template.steps(config)
         self.left, self.right = template.tiles(config)
         self.by_tma = [config.tma and is_matrix for is_matrix in template.are_matrices]
         self.producer_threads = WARP_THREADS if all(self.by_tma) else WARPGROUP_THREADS
@@ -392,3 +321,35 @@ class Kernel:
             column = j * 8 + self.lane % 4 * 2
             first = (i * column_blocks + j) * 4 + h * 2
             emit(row, column, [self.sums[first + e] for e in range(2)])
+
+
+def is_matrix(operand):
+    """Returns whether TMA can copy an operand: plain matrices with rows at multiples of 16 bytes."""
+    if operand.condition is not None or operand.vector != 8:
+        return False
+    return linear_strides(operand) is not None
+
+
+class WgmmaTemplate(StagedTemplate):
+    """The kernels of a task in fp16 or bf16 that differ in their parameters."""
+
+    number = 101  # among a task's design spaces: see find.py
+
+    PARAMETERS, CONFIG, KERNEL = PARAMETERS, Config, Kernel
+
+    def is_possible(self, config):
+        if config.rows % (INSTRUCTION_ROWS * config.consumers) or config.sums > MAX_SUMS_OF_A_THREAD:
+            return False
+        return not config.tma or any(self.are_matrices)
+
+    @functools.cached_property
+    def are_matrices(self):
+        """Whether TMA can copy the left and the right operand."""
+        return is_matrix(self.task.left), is_matrix(self.task.right)
+
+    def data_bytes(self, config):
+        """Returns the bytes of shared memory for the stages, or what takes their place."""
+        return super().shared_bytes(config)
+
+    def shared_bytes(self, config):
+        return self.data_bytes(config) + 2 * config.stages * MBARRIER_BYTES
