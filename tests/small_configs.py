@@ -25,7 +25,7 @@ class Size(typing.NamedTuple):
     heads: bool = False  # whether the numbers of heads are divided too, so that a head keeps its size
     images: bool = False  # whether images, positions and chunks are capped
     counts: bool = True  # whether vocabularies, experts and queries are capped
-    depth: bool = True  # whether there are two layers
+    depth: int = 1  # layers of each kind, at least two in all; 0: all that there are
 
 
 SIZES = (
@@ -35,9 +35,10 @@ SIZES = (
     Size("widths / 2", divisor=2, images=True),
     Size("depth and vocabulary"),
     Size("depth", counts=False),
-    Size("widths / 8, all layers", divisor=8, images=True, depth=False),
+    Size("widths / 8, two layers of each kind", divisor=8, images=True, depth=2),  # Zamba's share weights
+    Size("widths / 8, all layers", divisor=8, images=True, depth=0),
     Size("widths / 8, vocabulary as it is", divisor=8, images=True, counts=False),
-    Size("default", counts=False, depth=False),
+    Size("default", counts=False, depth=0),
 )
 
 # Names of fields, as the configs of transformers have them.
@@ -166,7 +167,7 @@ def shrink(fields, size):
             if isinstance(part, dict):
                 shrink(part, size)
     if size.depth:
-        shrink_depth(fields)
+        shrink_depth(fields, size.depth)
     patched = fields.get("image_embedding_size")
     patch = fields.get("patch_size")
     patch = patch if is_int(patch) else max(patch) if of_ints(patch) else 1
@@ -206,12 +207,12 @@ def narrow(divisor, least, width):
     return width // divisor if width % divisor == 0 and width // divisor >= least else width
 
 
-def shrink_depth(fields):
+def shrink_depth(fields, of_each):
     """Makes a config's depth two layers, or the first of each kind, in place, and what it says of layers fit that."""
     depths = {name: value for name, value in fields.items() if is_depth(name, value)}
     lists = {k: v for k, v in fields.items() if isinstance(k, str) and isinstance(v, (list, tuple)) and len(v)}
     deepest = max(depths.values(), default=0)
-    kept = {depth: first_of_each_kind(depth, lists) for depth in set(depths.values())}
+    kept = {depth: first_of_each_kind(depth, lists, of_each) for depth in set(depths.values())}
     chosen = {k: sorted(set(v)) for k, v in lists.items() if names_layers(k, v, deepest)}
     for layers in chosen.values():
         count = len(layers) + (max(layers) < deepest and min(layers) > 0)
@@ -253,10 +254,11 @@ def is_part_of_depth(name):
     return isinstance(name, str) and PART_OF_DEPTH.search(name) and re.search("layer|dense|merge", name)
 
 
-def first_of_each_kind(depth, lists):
-    """Returns the layers of `depth` that stay: the first of each kind that a list tells apart, at least two."""
+def first_of_each_kind(depth, lists, of_each):
+    """Returns the layers of `depth` that stay: the first few of each kind that a list tells apart, at least two."""
     kinds = [v for v in lists.values() if len(v) == depth > 4 and all(isinstance(kind, str) for kind in v)]
-    firsts = {names.index(kind) for names in kinds for kind in names}
+    places = [[layer for layer, name in enumerate(names) if name == kind] for names in kinds for kind in set(names)]
+    firsts = {layer for of_kind in places for layer in of_kind[:of_each]}
     return sorted(firsts if len(firsts) >= 2 else firsts | {0, 1})
 
 

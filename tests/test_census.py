@@ -32,7 +32,7 @@ def test_the_published_page_is_what_the_rows_give(tmp_path):
 
 def test_the_readme_says_what_was_counted():
     counts = counts_of((census.DOCS / "families.md").read_text(encoding="utf-8"))
-    eager, tvm = counts["torch"], counts["tvm"]
+    eager, tvm, inductor = counts["torch"], counts["tvm"], counts["torch_compile"]
     sentence = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     reached = tvm["ok"] + tvm["wrong"] + tvm["failed"]
     for said in (
@@ -41,5 +41,6 @@ def test_the_readme_says_what_was_counted():
         f"and {eager['no case']} lack a library",
         f"of the {reached} that have gone through `tvm` so far, {tvm['ok']} are right, {tvm['wrong']} wrong",
         f"names, {tvm['failed']} failed",
+        f"`torch_compile` has {inductor['ok']} right of {inductor['ok'] + inductor['wrong'] + inductor['failed']}",
     ):
         assert re.sub(r"\s+", " ", said) in sentence

@@ -1,5 +1,7 @@
 """What is rewritten before TVM's importer, and the dtypes that it gives: models with what it refuses or gets wrong."""
 
+import functools
+
 import pytest
 import torch
 from transformers import ResNetConfig
@@ -8,6 +10,7 @@ from transformers.integrations import moe
 import benchmark
 from conftest import make_case
 from harness.check import output_arrays, relative_error
+from tvm_items.importer import export_for_tvm
 
 pytestmark = pytest.mark.usefixtures("tvm")
 
@@ -32,6 +35,39 @@ def test_what_is_rewritten_before_the_import():
         if overflow:
             inputs["pixel_values"][0, 1] = torch.inf
         assert relative_error(output_arrays(run()), [Awkward()(**inputs).numpy()]) < 1e-6
+
+
+def test_windows_larger_than_the_image():
+    """As EfficientNet's, which are as large as there are channels: a kernel would pad the image to 400 GB."""
+
+    class Pooled(torch.nn.Module):
+        def forward(self, pixel_values):
+            pool = functools.partial(torch.nn.functional.avg_pool2d, ceil_mode=True)
+            return pool(pixel_values, 100_000), pool(pixel_values, (6, 3), (2, 3)), pool(pixel_values, 3)
+
+    inputs = {"pixel_values": torch.randn(1, 10, 5, 6)}
+    run = benchmark.tvm_default(Pooled(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Pooled()(**inputs))) < 1e-6
+
+
+def test_what_is_written_into_an_input():
+    """As TVP does: times ones changes nothing, all else is refused."""
+
+    class Writing(torch.nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.kept = kept
+
+        def forward(self, pixel_values):
+            pixel_values *= torch.full((3,), self.kept)
+            return pixel_values + 1
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    exported = export_for_tvm(Writing(1.0), inputs)
+    assert not exported.graph_signature.user_inputs_to_mutate
+    assert torch.equal(exported.module()(**inputs), inputs["pixel_values"] + 1)
+    with pytest.raises(NotImplementedError, match="what is written into pixel_values"):
+        export_for_tvm(Writing(0.5), inputs)
 
 
 def test_an_if_on_values_is_exported():

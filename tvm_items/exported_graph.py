@@ -1,5 +1,7 @@
 """What TVM's importer refuses or gets wrong, rewritten in the exported graph before the import."""
 
+import operator
+
 import torch
 from torch.utils._pytree import tree_map
 
@@ -131,6 +133,21 @@ def combine_booleans(graph):
         for node in graph.find_nodes(op="call_function", target=target):
             if node.meta["val"].dtype == torch.bool and all(isinstance(arg, torch.fx.Node) for arg in node.args):
                 node.target = logical
+
+
+def cut_windows(graph):
+    """Makes windows of average pooling no larger than the image, in place: TVM would pad the image to their size.
+
+    Along such an axis there is one window, and PyTorch divides by what of the image is in it. EfficientNet's windows
+    are as large as it has channels: the padded images would take 67 GB.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.avg_pool2d.default):
+        image, window, *rest = node.args
+        sides = image.meta["val"].shape[-2:]
+        has_padding, has_divisor = len(rest) > 1 and any(rest[1]), len(rest) > 4 and rest[4] is not None
+        if any(map(operator.gt, window, sides)) and not has_padding and not has_divisor:
+            stride, *others = rest  # TVM adds it to the image too
+            node.args = (image, list(map(min, window, sides)), list(map(min, stride, sides)), *others)
 
 
 def drop_empty_parts(graph):

@@ -17,15 +17,17 @@ from tvm_items.exported_graph import (
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
+    cut_windows,
     drop_empty_parts,
     drop_numbers_from_output,
     sort_largest,
     sort_plainly,
     subtract_integers_by_adding,
 )
-from tvm_items.in_place import check_writes, convert_index_copy, keep_writes
+from tvm_items.in_place import check_writes, convert_index_copy, drop_writes_of_the_same, keep_writes
 from tvm_items.known_values import fix_inputs, fold_known_values, fold_what_tvm_lacks, has_unknown_sizes, known_values
 from tvm_items.loops import loops_over_all_places
+from tvm_items.masks import masks_of_ones_left_out, watch_masks
 from tvm_items.selected_rows import compute_all_rows
 
 aten = torch.ops.aten
@@ -38,25 +40,32 @@ def export_for_tvm(model, inputs, whole_attention=False):
     matrix products: the decomposition of PyTorch's fused one for the CPU fails for gpt2 at batch size 2. With
     `whole_attention` it stays one operator where attention.py has it as one task. Where sizes depend on values, those
     that are known are taken for constants. Only a draft gets past an `if` on other values (BART clamps what overflows
-    in fp16); it follows one branch and asserts the rest, which TVM does not know. Raises the last NotImplementedError
-    of the three, as that says what does not work, else what the first of them does.
+    in fp16); it follows one branch and asserts the rest, which TVM does not know. Where a trace with masks may be of
+    another function than eager PyTorch's, the one without is taken (masks.py). Raises the last NotImplementedError
+    of the four, as that says what does not work, else what the first of them does.
     """
     model, inputs = model.cpu(), {name: tensor.cpu() for name, tensor in inputs.items()}
     table = torch.export.default_decompositions()
     if whole_attention:
         table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        error = None
+        error = of_other_meaning = None
         for export in (export_plainly, export_with_known_values, export_without_masks, export_draft):
             try:
-                exported = export(model, inputs, table)
+                with watch_masks() as watch:
+                    exported = export(model, inputs, table)
             except Exception as export_error:
                 if error is None or isinstance(export_error, NotImplementedError):  # what is known not to work
                     error = export_error
             else:
                 if not has_unknown_sizes(exported):
+                    drop_writes_of_the_same(exported)
                     check_writes(exported)
-                    return exported
+                    if not watch.may_differ():
+                        return exported
+                    of_other_meaning = of_other_meaning or exported
+    if of_other_meaning:  # the check of its output will say so
+        return of_other_meaning
     raise error or ValueError("the sizes of its tensors depend on values of its inputs")
 
 
@@ -86,9 +95,9 @@ def export_without_masks(model, inputs, table):
     """Returns a program that has no masks where all of them let everything through, as the harness's own do.
 
     Eager PyTorch leaves such masks out. What is traced keeps them, for whatever they may be, and there some models of
-    transformers 5.17 make masks of a shape that they cannot use.
+    transformers 5.17 make masks of a shape that they cannot use, or masks that say something else than none does.
     """
-    with unittest.mock.patch("transformers.masking_utils.is_tracing", return_value=False):
+    with masks_of_ones_left_out():
         return export_with_known_values(model, inputs, table, masks=True)
 
 
@@ -131,6 +140,7 @@ def import_to_relax(exported):
     sort_plainly(exported.graph)
     count_upwards(exported.graph)
     combine_booleans(exported.graph)
+    cut_windows(exported.graph)
     drop_empty_parts(exported.graph)
     drop_numbers_from_output(exported)
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:

@@ -6,6 +6,8 @@ kernel again that writes one position of the input and leaves the rest where it 
 
 import torch
 
+from tvm_items.attention import constant_value
+
 aten = torch.ops.aten
 INDEX_COPY = aten.index_copy.default
 OPAQUE = 8  # TVM's OpPatternKind of a function that FuseOps leaves alone
@@ -21,6 +23,27 @@ def keep_writes(exported, table):
     writes = exported.graph.find_nodes(op="call_function", target=aten.index_copy_.default)
     if any(node.args[0].op == "placeholder" for node in writes):
         table.pop(INDEX_COPY, None)
+
+
+def drop_writes_of_the_same(exported):
+    """Drops from a decomposed program, in place, what it writes into an input and is there already: it times ones.
+
+    TVP does so with its images and a mask that keeps all of them.
+    """
+    nodes = {node.name: node for node in exported.graph.nodes}
+    specs, output = exported.graph_signature.output_specs, exported.graph.output_node()
+    for name, target in exported.graph_signature.user_inputs_to_mutate.items():
+        written = nodes[name]
+        if written.target != aten.mul.Tensor or written.args[0].name != target:
+            continue
+        factor = written.args[1]
+        factor = constant_value(factor) if isinstance(factor, torch.fx.Node) else torch.tensor(factor)
+        if factor is not None and (factor == 1).all():
+            place = next(i for i, spec in enumerate(specs) if spec.target == target)
+            del specs[place]
+            output.args = (output.args[0][:place] + output.args[0][place + 1 :],)
+            written.replace_all_uses_with(written.args[0])
+            exported.graph.erase_node(written)
 
 
 def check_writes(exported):
