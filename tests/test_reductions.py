@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import H200
+from conftest import H200, TURING
 from harness.check import output_arrays, relative_error
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
@@ -77,12 +77,13 @@ def test_a_function_without_a_root_block_is_left_alone(tvm):
 
 @torch.no_grad()
 def test_a_norm_with_what_is_around_it_can_be_one_kernel(tvm):
+    """By MetaSchedule's rules; where there is a template it always is."""
     exported = export_for_tvm(Norms().eval().half(), {"x": torch.randn(2, 16, 32).half()})
     target = tvm.target.Target(H200)
     tasks = [task for task in extract_tasks(tuned_module(exported, target)[0], target) if "rsqrt" in task.name]
     assert tasks
     for task in tasks:
-        spaces = DesignSpaces(task.module_json, H200)
-        found = search(task.module_json, H200, [], [], 16, 1)
+        spaces = DesignSpaces(task.module_json, TURING)
+        found = search(task.module_json, TURING, [], [], 16, 1)
         scripts = [spaces.realize(space, decisions)[0].script() for space, decisions, _ in found]
         assert 1 in {script.count('thread="blockIdx.x"') for script in scripts}
