@@ -71,7 +71,8 @@ def channels_last(module):
         called.add(getattr(getattr(part, "op", None), "name", None))
 
     for _, function in module.functions_items():
-        relax.analysis.post_order_visit(function, look)
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, look)
     layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
     return layouts if "relax.nn.conv1d_transpose" in called else layouts | {"relax.nn.conv1d": ["NWC", "WIO"]}
 
