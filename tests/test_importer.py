@@ -10,7 +10,7 @@ from transformers.integrations import moe
 import benchmark
 from conftest import make_case
 from harness.check import output_arrays, relative_error
-from tvm_items.importer import export_for_tvm
+from tvm_items.importer import export_for_tvm, import_to_relax
 
 pytestmark = pytest.mark.usefixtures("tvm")
 
@@ -97,6 +97,22 @@ def test_indices_in_tensors_count_from_the_end():
     inputs = {"pixel_values": torch.randn(2, 3)}
     run = benchmark.tvm_default(Picking(), inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), output_arrays(Picking()(**inputs))) == 0
+
+
+def test_axes_count_from_the_end():
+    class Turning(torch.nn.Module):
+        def forward(self, pixel_values):
+            cube = torch.stack([pixel_values, pixel_values.flip(-1)], -1).permute(0, -1, -2)  # (2, 2, 3)
+            joined = torch.cat([cube, cube.cumsum(-2)], -1).unsqueeze(-2)  # (2, 2, 1, 6)
+            return joined.squeeze((-2,)).sum((-1,)), joined.softmax(-1).select(-1, -2), joined.roll(2, -1)
+
+    inputs = {"pixel_values": torch.randn(2, 3)}
+    exported = export_for_tvm(Turning(), inputs)
+    import_to_relax(exported)
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default):
+        assert min(node.args[1]) >= 0
+    run = benchmark.tvm_default(Turning(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Turning()(**inputs))) < 1e-6
 
 
 def test_operators_that_the_importer_lacks():

@@ -53,7 +53,7 @@ def count_from_the_front(graph):
         counted = []
         for argument, value in zip(node.target._schema.arguments, node.args):
             if argument.name in ("dim", "dims") and value is not None:
-                of = node if node.target == aten.unsqueeze.default else first_tensor(node)
+                of = node if node.target in (aten.unsqueeze.default, aten.stack.default) else first_tensor(node)
                 value = tree_map(lambda axis, rank=of.meta["val"].ndim: axis % rank if rank else axis, value)
             counted.append(value)
         node.args = (*counted, *node.args[len(counted) :])

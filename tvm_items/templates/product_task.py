@@ -288,6 +288,8 @@ def find_groups(axes, factors):
             if others or len(sizes) != 1 or alone[1 - in_data].extent > 1:
                 continue
             (size,) = sizes
+            if extent % size:
+                continue
             group, within = (tirx.Var(name, dtype_of(channel)) for name in ("group", "within"))
 
             def replace(part, channel=channel, size=size, group=group, within=within):
