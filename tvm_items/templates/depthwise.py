@@ -20,7 +20,7 @@ from tvm_items.templates.expressions import (
     zero,
 )
 from tvm_items.templates.product_module import make_module
-from tvm_items.templates.product_task import Axis, buffer_shape, find_sums, on_buffers
+from tvm_items.templates.product_task import Axis, buffer_shape, on_buffers
 from tvm_items.templates.template import Template
 
 MAX_SUMS, MAX_LINE = 128, 128  # of a thread: outputs, and elements of a line of input. It has 255 registers
@@ -209,13 +209,10 @@ class Kernel:
             store_outputs(self.task, self.buffers, None, place, self.channel + e, sums)
 
 
-def find_depthwise_task(module):
-    """Returns the DepthwiseTask of a task's IRModule before scheduling, None where it is none."""
+def find_depthwise_task(sums):
+    """Returns the DepthwiseTask of product_task.Sums, None where these are none."""
     from tvm import tirx
 
-    sums = find_sums(module)
-    if sums is None:
-        return None
     (channels, positions, alone, terms), (data, weight) = sums.axes, sums.factors
     if positions.extent == 1:
         positions, alone, data, weight = alone, positions, weight, data

@@ -7,7 +7,7 @@ from tvm_items.templates.depthwise import DepthwiseTemplate, find_depthwise_task
 from tvm_items.templates.fma import FmaTemplate
 from tvm_items.templates.gemv import GemvTemplate, is_gemv
 from tvm_items.templates.mma import MmaTemplate
-from tvm_items.templates.product_task import ALLOW_TF32, find_product_task
+from tvm_items.templates.product_task import ALLOW_TF32, find_product_task, find_sums
 from tvm_items.templates.row_reduction import RowReductionTemplate
 from tvm_items.templates.row_task import find_row_task
 from tvm_items.templates.wgmma import WgmmaTemplate
@@ -26,11 +26,13 @@ def find_templates(module, target):
     attention = read_attention(module)
     if attention is not None:
         return attention_templates(attention, limit)
-    task = find_product_task(module)
+    sums = find_sums(module)
+    task = sums and find_product_task(sums)
     if task is None:
-        depthwise, rows = find_depthwise_task(module), find_row_task(module)
+        depthwise = sums and find_depthwise_task(sums)
         if depthwise is not None:
             return [DepthwiseTemplate(depthwise)]
+        rows = find_row_task(module)
         return [] if rows is None else [RowReductionTemplate(rows)]
     templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
     if task.rows.extent < MIN_MMA_ROWS:

@@ -154,11 +154,8 @@ def find_sums(module):
     return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices)
 
 
-def find_product_task(module):
-    """Returns the ProductTask of a task's IRModule before scheduling, None where it is no such product."""
-    sums = find_sums(module)
-    if sums is None:
-        return None
+def find_product_task(sums):
+    """Returns the ProductTask of Sums, None where these are no such product."""
     (batch, rows, columns, terms), factors = sums.axes, sums.factors
     place = sums.indices, buffer_shape(sums.output)
     if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
