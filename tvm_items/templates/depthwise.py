@@ -19,7 +19,7 @@ from tvm_items.templates.expressions import (
     uses,
     zero,
 )
-from tvm_items.templates.product_module import make_module
+from tvm_items.templates.product_module import make_module, make_sums
 from tvm_items.templates.product_task import Axis, buffer_shape, on_buffers
 from tvm_items.templates.template import Template
 
@@ -117,14 +117,12 @@ class Kernel:
             other, row, column = unflatten(number // vectors, tiles)
             self.first_row, self.first_column = build.Bind(row * self.rows), build.Bind(column * self.columns)
             self.others = task.others.values(build.Bind(other))
-            self.sums = build.alloc_buffer((self.rows * self.columns * self.vector,), "float32", scope="local")
+            self.sums = make_sums(self.rows * self.columns * self.vector)
             self.data, self.weights = (
                 build.alloc_buffer((size * self.vector,), "float32", scope="local")
                 for size in (self.line, task.along.terms)
             )
             self.loaded = build.alloc_buffer((self.vector,), dtype_of(task.data), scope="local")
-            with build.unroll(self.rows * self.columns * self.vector) as i:
-                build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
             with build.serial(task.rows.seen(self.rows)) as line:
                 self.load_line(line)
                 for tile_row in range(self.rows):

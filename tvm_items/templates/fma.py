@@ -8,6 +8,7 @@ kernels (https://github.com/NVIDIA/cutlass, mma_simt.h), so that a vector is rea
 import dataclasses
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.product_module import make_sums
 from tvm_items.templates.staged_kernel import StagedKernel, StagedTemplate
 
 LANE_ROWS, LANE_COLUMNS = 4, 8
@@ -63,7 +64,7 @@ class Kernel(StagedKernel):
         self.lane_row, self.lane_column = build.Bind(lane // LANE_COLUMNS), build.Bind(lane % LANE_COLUMNS)
         self.warp_row = build.Bind(warp // config.warps_along_columns * (LANE_ROWS * config.thread_rows))
         self.warp_column = build.Bind(warp % config.warps_along_columns * (LANE_COLUMNS * config.thread_columns))
-        self.zero_sums(config.thread_rows * config.thread_columns)
+        self.sums = make_sums(config.thread_rows * config.thread_columns)
         # Of four terms: a thread's rows of the left operand, and its columns of the right one.
         self.left_values, self.right_values = (
             build.alloc_buffer((outputs * VECTOR,), "float32", scope="local")

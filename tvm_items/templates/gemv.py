@@ -10,7 +10,7 @@ import dataclasses
 from tvm_items.target import ALL_LANES, MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.epilogue import output_vector, store_outputs
 from tvm_items.templates.expressions import zero
-from tvm_items.templates.product_module import make_module, parts_fit, steps_of_part
+from tvm_items.templates.product_module import make_module, make_sums, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
 from tvm_items.templates.template import Template
 
@@ -69,7 +69,6 @@ class Kernel:
 
     def emit(self, buffers, partial):
         """Emits the launch; buffers, partial: make_module()'s."""
-        from tvm import tirx
         from tvm.tirx.script.builder import ir as build
 
         task = self.task
@@ -80,9 +79,7 @@ class Kernel:
             build.launch_thread("threadIdx.x", self.threads) as thread,
         ):
             first_column = build.Bind(tile * self.columns)
-            sums = build.alloc_buffer((self.rows * self.vector,), "float32", scope="local")
-            with build.unroll(self.rows * self.vector) as i:
-                build.buffer_store(sums, tirx.const(0, "float32"), [i])
+            sums = make_sums(self.rows * self.vector)
             self.emit_steps(buffers, batch, part, thread, first_column, sums)
             self.emit_shuffles(sums)
 

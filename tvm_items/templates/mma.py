@@ -6,6 +6,7 @@ A warp loads fragments of the tiles that its block has staged by ldmatrix, one a
 import dataclasses
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
+from tvm_items.templates.product_module import make_sums
 from tvm_items.templates.staged_kernel import StagedKernel, StagedTemplate
 
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
@@ -67,7 +68,7 @@ class Kernel(StagedKernel):
         self.lane, warp = build.Bind(self.thread % WARP_THREADS), build.Bind(self.thread // WARP_THREADS)
         self.warp_row = build.Bind(warp % config.warps_along_rows * config.warp_rows)
         self.warp_column = build.Bind(warp // config.warps_along_rows * config.warp_columns)
-        self.zero_sums(self.row_blocks * self.column_blocks * 4)
+        self.sums = make_sums(self.row_blocks * self.column_blocks * 4)
         # Two of each, one of which is multiplied while the other is loaded.
         self.left_fragments = build.alloc_buffer((2 * self.row_blocks * 4,), "uint32", scope="local")
         self.right_fragments = build.alloc_buffer((2 * self.column_blocks * 2,), "uint32", scope="local")

@@ -34,6 +34,17 @@ def make_module(task, parts, emit_kernel):
     return tvm.IRModule({"main": builder.get()})
 
 
+def make_sums(count):
+    """Emits the registers of a thread for `count` sums in fp32, zeros at first, and returns them as a buffer."""
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as build
+
+    sums = build.alloc_buffer((count,), "float32", scope="local")
+    with build.unroll(count) as i:
+        build.buffer_store(sums, tirx.const(0, "float32"), [i])
+    return sums
+
+
 def is_oversized(tile, extent, options):
     """Returns whether a smaller tile of the options would hold the extent as well."""
     return any(extent <= option < tile for option in options)

@@ -121,15 +121,6 @@ class StagedKernel:
             else:
                 tile.store_from_registers()
 
-    def zero_sums(self, count):
-        """Makes a thread's `count` sums."""
-        from tvm import tirx
-        from tvm.tirx.script.builder import ir as build
-
-        self.sums = build.alloc_buffer((count,), "float32", scope="local")
-        with build.unroll(count) as i:
-            build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
-
     def copy_first_steps(self, count):
         """Emits the copies of the first steps; count: of all steps, an int or an expression. Returns how many."""
         ahead = self.config.stages - 1

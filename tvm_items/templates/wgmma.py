@@ -12,7 +12,7 @@ import functools
 from tvm_items.target import WARP_THREADS
 from tvm_items.templates.expressions import linear_strides
 from tvm_items.templates.output_tile import OutputTile
-from tvm_items.templates.product_module import locate, steps_of_part
+from tvm_items.templates.product_module import locate, make_sums, steps_of_part
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
 from tvm_items.templates.staged_kernel import StagedTemplate
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
@@ -234,9 +234,7 @@ class Kernel:
         self.lane = build.Bind(thread % WARP_THREADS)
         self.warp = build.Bind(thread % WARPGROUP_THREADS // WARP_THREADS)
         self.warpgroup_row = build.Bind(thread // WARPGROUP_THREADS * (config.rows // config.consumers))
-        self.sums = build.alloc_buffer((config.sums,), "float32", scope="local")
-        with build.unroll(config.sums) as i:
-            build.buffer_store(self.sums, tirx.const(0, "float32"), [i])
+        self.sums = make_sums(config.sums)
         descriptors = build.alloc_buffer((2,), "uint64", scope="local")
         line = LINE_BYTES // 2
         self.encode_descriptor(descriptors, 0, self.left, self.warpgroup_row * line)
