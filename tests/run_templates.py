@@ -2,8 +2,9 @@
 
     python tests/run_templates.py fp16 [COUNT [DIRECTORY]]
 
-COUNT (default: 3) of each template for each task: a ResNet, a BERT and a Llama with grouped heads. Each is built, run
-and checked as the tuner does. With a DIRECTORY they are only built there, for run_built.py.
+COUNT (default: 3) of each template for each task: a ResNet, a RegNet (grouped convolutions), a ConvNeXt (depthwise
+ones), a BERT and a Llama with grouped heads. Each is built, run and checked as the tuner does. With a DIRECTORY they
+are only built there, for run_built.py.
 """
 
 import json
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, LlamaConfig, ResNetConfig
+from transformers import BertConfig, ConvNextConfig, LlamaConfig, RegNetConfig, ResNetConfig
 
 from conftest import TINY_BERT, TINY_RESNET, make_case
 from harness import processes
@@ -34,6 +35,8 @@ CUDA, TIMEOUT_S = "cuda:0", 600
 TINY_LLAMA = {"num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 96}
 CONFIGS = [
     ResNetConfig(**{name: value for name, value in TINY_RESNET.items() if name != "model_type"}),
+    RegNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], groups_width=16),
+    ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2, image_size=64),
     BertConfig(**{name: value for name, value in TINY_BERT.items() if name != "model_type"}),
     LlamaConfig(**TINY_LLAMA, num_hidden_layers=1, vocab_size=100),
 ]

@@ -4,9 +4,12 @@ import itertools
 import json
 import re
 
+import pytest
+
 from conftest import H200
 from tvm_items.executable import compile_module, passes_after_scheduling
 from tvm_items.kernels import compile_kernels
+from tvm_items.lowering import on_every_core
 from tvm_items.measure import build_options
 from tvm_items.spaces import DesignSpaces
 from tvm_items.tasks import default_schedule
@@ -44,6 +47,33 @@ def test_kernels_of_every_kind_compile_together(tvm):
     with target:
         cubin = bytes(compile_kernels(source))
     assert cubin.startswith(b"\x7fELF") and all(kernel.encode() in cubin for kernel in kernels)
+
+
+def test_functions_are_lowered_on_every_core_as_in_one_go(tvm):
+    from tvm import te, topi
+    from tvm.s_tir.pipeline import default_s_tir_pipeline
+
+    target, (lower, *_) = tvm.target.Target(json.loads(H200)), default_s_tir_pipeline()
+    functions = {}
+    for name, size in (("small", 32), ("large", 4096)):
+        x = te.placeholder((size,), name="x", dtype="float16")
+        relu = tvm.IRModule({"main": te.create_prim_func([x, topi.nn.relu(x)])})
+        functions[name] = default_schedule(relu, target)["main"].with_attr("global_symbol", name)
+    module = tvm.tirx.transform.BindTarget(target.with_host("llvm"))(tvm.IRModule(functions))
+    seen = []
+
+    def lower_one(part):
+        seen.append((len(part.functions), dict(tvm.transform.PassContext.current().config)))
+        return lower(part)
+
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        lowered = on_every_core(lower_one, module)
+        at_once = lower(module)
+    written = [{name.name_hint: str(each[name]) for name in each.functions} for each in (lowered, at_once)]
+    assert written[0] == written[1] and len(written[0]) == 4  # of each, what the host runs and the kernel
+    assert seen == 2 * [(1, {"tirx.disable_assert": True})]
+    with pytest.raises(ZeroDivisionError):
+        on_every_core(lambda part: 1 / 0, module)
 
 
 def test_a_default_schedule_that_raises_an_error_declines(tvm):

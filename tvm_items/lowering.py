@@ -5,7 +5,11 @@ s_tir, whose pipeline puts barriers and copies where it finds that they are need
 themselves where they are.
 """
 
+import concurrent.futures
 import contextlib
+import functools
+import itertools
+import os
 import unittest.mock
 
 PIPELINE = "s_tir_or_tirx"
@@ -46,20 +50,41 @@ def combine(s_tir, tirx):
     """Returns the pipeline that lowers functions by the one or the other of two: (pass, passes of host, of device)."""
     import tvm
 
-    (lower_s_tir, *finalize), (lower_tirx, *_) = s_tir, tirx
+    (lower_s_tir, finalize_host, finalize_device), (lower_tirx, *_) = s_tir, tirx
 
-    @tvm.transform.module_pass(opt_level=0, name="LowerEachKind")
-    def lower(module, _):
-        kinds = {True: {}, False: {}}
-        for name, function in module.functions.items():
-            kinds[is_s_tir(function)][name] = function
-        lowered = {}
-        for kind, lower_kind in ((True, lower_s_tir), (False, lower_tirx)):
-            if kinds[kind]:
-                lowered |= dict(lower_kind(tvm.IRModule(kinds[kind], attrs=module.attrs)).functions.items())
-        return tvm.IRModule(lowered, attrs=module.attrs)
+    def lower(module):
+        (function,) = module.functions.values()
+        return (lower_s_tir if is_s_tir(function) else lower_tirx)(module)
 
-    return lower, *finalize
+    @tvm.transform.module_pass(opt_level=0, name="LowerEach")
+    def lower_each(module, _):
+        return on_every_core(lower, module)
+
+    return lower_each, finalize_host, lambda: functools.partial(on_every_core, finalize_device())
+
+
+def on_every_core(transform, module):
+    """Returns the module of what transform(), from an IRModule to one, makes of each function of a module.
+
+    TVM's passes take one function after the other, on one core: most of the time that templates' kernels take to
+    compile. Functions do not call one another here, and passes let go of Python's lock: threads do the same at once.
+    """
+    import tvm
+
+    if len(module.functions) == 1:
+        return transform(module)
+    context, target = tvm.transform.PassContext.current(), tvm.target.Target.current(allow_none=True)
+
+    def transform_one(item):
+        name, function = item
+        with context, target or contextlib.nullcontext():  # each thread has its own
+            transformed = transform(tvm.IRModule({name: function}, attrs=module.attrs))
+        # The only function of a module is marked as where a program starts.
+        return [(name, each.without_attr("tirx.is_entry_func")) for name, each in transformed.functions.items()]
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        transformed = list(pool.map(transform_one, module.functions.items()))
+    return tvm.IRModule(dict(itertools.chain(*transformed)), attrs=module.attrs)
 
 
 def is_s_tir(function):
