@@ -21,7 +21,7 @@ from tvm_items.templates.expressions import (
 )
 from tvm_items.templates.product_module import make_module, make_sums
 from tvm_items.templates.product_task import Axis, buffer_shape, on_buffers
-from tvm_items.templates.template import Template
+from tvm_items.templates.template import Template, unrolled
 
 MAX_SUMS, MAX_LINE = 128, 128  # of a thread: outputs, and elements of a line of input. It has 255 registers
 
@@ -127,7 +127,7 @@ class Kernel:
                 self.load_line(line)
                 for tile_row in range(self.rows):
                     self.add_line(tile_row, line - tile_row * task.rows.stride)
-            with build.unroll(self.rows) as tile_row, build.unroll(self.columns) as tile_column:
+            with unrolled(self.rows) as tile_row, unrolled(self.columns) as tile_column:
                 self.store(tile_row, tile_column)
 
     def place(self, row, column, row_term=None, term=None):
@@ -149,7 +149,7 @@ class Kernel:
         from tvm.tirx.script.builder import ir as build
 
         task, dtype = self.task, dtype_of(self.task.data)
-        with build.unroll(self.line) as i:
+        with unrolled(self.line) as i:
             place = self.place(self.first_row, self.first_column, line, i)
 
             def load():
@@ -164,7 +164,7 @@ class Kernel:
                     build.buffer_store(self.loaded, tirx.const(0, dtype), [j])
                 with build.If(substitute(task.condition, place)), build.Then():
                     load()
-            with build.unroll(self.vector) as j:
+            with unrolled(self.vector) as j:
                 build.buffer_store(self.data, self.loaded[j].astype("float32"), [i * self.vector + j])
 
     def add_line(self, tile_row, row_term):
@@ -175,17 +175,17 @@ class Kernel:
         task, vector = self.task, self.vector
 
         def add():
-            with build.unroll(task.along.terms) as term:
+            with unrolled(task.along.terms) as term:
                 place = self.place(zero(), zero(), row_term, term)
                 with build.vectorized(vector) as j:
                     values = task.positions(None, place, self.channel + j)
                     build.buffer_store(self.loaded, on_buffers(task.weight, values, self.buffers), [j])
-                with build.unroll(vector) as j:
+                with unrolled(vector) as j:
                     build.buffer_store(self.weights, self.loaded[j].astype("float32"), [term * vector + j])
             with (
-                build.unroll(task.along.terms) as term,
-                build.unroll(self.columns) as column,
-                build.unroll(vector) as j,
+                unrolled(task.along.terms) as term,
+                unrolled(self.columns) as column,
+                unrolled(vector) as j,
             ):
                 at = (tile_row * self.columns + column) * vector + j
                 seen = self.data[(column * task.along.stride + term) * vector + j]

@@ -10,6 +10,7 @@ import dataclasses
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.product_module import make_sums
 from tvm_items.templates.staged_kernel import StagedKernel, StagedTemplate
+from tvm_items.templates.template import unrolled
 
 LANE_ROWS, LANE_COLUMNS = 4, 8
 VECTOR = 4  # elements of 16 bytes
@@ -81,7 +82,7 @@ class Kernel(StagedKernel):
             self.wait_for_stage()  # and for all threads to be done with the stage that is overwritten now
             self.copy_if(step + ahead < count, step + ahead, (step + ahead) % stages)
             left, right = self.start_of(step % stages)
-            with build.unroll(config.chunks) as chunk:
+            with unrolled(config.chunks) as chunk:
                 self.load_values(self.left, left, self.row, config.thread_rows, chunk, self.left_values)
                 self.load_values(self.right, right, self.column, config.thread_columns, chunk, self.right_values)
                 self.multiply()
@@ -104,14 +105,14 @@ class Kernel(StagedKernel):
 
         if tile.operand.along_terms:
             loaded = build.alloc_buffer((VECTOR,), "float32", scope="local")
-            with build.unroll(outputs) as number:
+            with unrolled(outputs) as number:
                 place = start + tile.place(output(number), chunk)
                 with build.vectorized(VECTOR) as j:
                     build.buffer_store(loaded, self.shared[place + j], [j])
-                with build.unroll(VECTOR) as term:
+                with unrolled(VECTOR) as term:
                     build.buffer_store(values, loaded[term], [term * outputs + number])
         else:
-            with build.unroll(VECTOR) as term, build.unroll(outputs // VECTOR) as group:
+            with unrolled(VECTOR) as term, unrolled(outputs // VECTOR) as group:
                 place = start + tile.place(chunk * VECTOR + term, output(group * VECTOR) // VECTOR)
                 with build.vectorized(VECTOR) as j:
                     build.buffer_store(values, self.shared[place + j], [term * outputs + group * VECTOR + j])
@@ -121,16 +122,14 @@ class Kernel(StagedKernel):
         from tvm.tirx.script.builder import ir as build
 
         rows, columns = self.config.thread_rows, self.config.thread_columns
-        with build.unroll(VECTOR) as term, build.unroll(rows) as i, build.unroll(columns) as j:
+        with unrolled(VECTOR) as term, unrolled(rows) as i, unrolled(columns) as j:
             product = self.left_values[term * rows + i] * self.right_values[term * columns + j]
             build.buffer_store(self.sums, self.sums[i * columns + j] + product, [i * columns + j])
 
     def emit_sums(self, emit):
         """Emits emit(row, column, sums) for all sums of a thread, neighbours together."""
-        from tvm.tirx.script.builder import ir as build
-
         width, columns = self.SIDE_BY_SIDE, self.config.thread_columns
-        with build.unroll(self.config.thread_rows) as i, build.unroll(columns // width) as group:
+        with unrolled(self.config.thread_rows) as i, unrolled(columns // width) as group:
             sums = [self.sums[i * columns + group * width + e] for e in range(width)]
             emit(self.row(i), self.column(group * width), sums)
 

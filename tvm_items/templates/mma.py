@@ -8,6 +8,7 @@ import dataclasses
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.product_module import make_sums
 from tvm_items.templates.staged_kernel import StagedKernel, StagedTemplate
+from tvm_items.templates.template import unrolled
 
 MAX_SUMS_OF_A_THREAD = 128  # of the 255 registers that it may have
 
@@ -92,16 +93,14 @@ class Kernel(StagedKernel):
 
     def load_fragments(self, stage, instruction, half):
         """Emits the loads of a warp's fragments for one of a stage's instructions into one half of the registers."""
-        from tvm.tirx.script.builder import ir as build
-
         left, right = self.start_of(stage)
-        with build.unroll(self.row_blocks) as i:
+        with unrolled(self.row_blocks) as i:
             registers = [(half * self.row_blocks + i) * 4 + r for r in range(4)]
             # Registers 1 and 3 are of the next 8 rows, 2 and 3 of the next chunk.
             self.load_matrices(
                 self.left, left, self.warp_row + i * 16, instruction * 2, self.left_fragments, registers, (1, 2)
             )
-        with build.unroll(self.column_blocks // 2) as j:
+        with unrolled(self.column_blocks // 2) as j:
             registers = [half * self.column_blocks * 2 + j * 4 + r for r in range(4)]
             # Registers 1 and 3 are of the next chunk, 2 and 3 of the next 8 columns.
             self.load_matrices(
@@ -153,7 +152,7 @@ class Kernel(StagedKernel):
 
         dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}[self.task.dtype]
         instruction = T.ptx[f"mma.sync.aligned.m16n8k{8 if self.is_tf32 else 16}.row.col.f32.{dtype}.{dtype}.f32"]
-        with build.unroll(self.row_blocks) as i, build.unroll(self.column_blocks) as j:
+        with unrolled(self.row_blocks) as i, unrolled(self.column_blocks) as j:
             sums = [self.sums[(i * self.column_blocks + j) * 4 + r] for r in range(4)]
             left = [self.left_fragments[(half * self.row_blocks + i) * 4 + r] for r in range(4)]
             right = [self.right_fragments[(half * self.column_blocks + j) * 2 + r] for r in range(2)]
@@ -161,9 +160,7 @@ class Kernel(StagedKernel):
 
     def emit_sums(self, emit):
         """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
-        from tvm.tirx.script.builder import ir as build
-
-        with build.unroll(self.row_blocks) as i, build.unroll(2) as h, build.unroll(self.column_blocks) as j:
+        with unrolled(self.row_blocks) as i, unrolled(2) as h, unrolled(self.column_blocks) as j:
             row = self.warp_row + i * 16 + h * 8 + self.lane // 4
             column = self.warp_column + j * 8 + self.lane % 4 * 2
             first = (i * self.column_blocks + j) * 4 + h * 2

@@ -1,6 +1,7 @@
 """What all templates for products share: the module around a kernel, and which tile of the output a block computes."""
 
 from tvm_items.templates.output_tile import emit_reduction
+from tvm_items.templates.template import unrolled
 
 MIN_STEPS_OF_A_PART = 2  # of a sum that is split
 MAX_PARTIAL_SUMS = 2**22  # of a task: 16 MiB, which stay in the L2 cache until they are added up
@@ -40,7 +41,7 @@ def make_sums(count):
     from tvm.tirx.script.builder import ir as build
 
     sums = build.alloc_buffer((count,), "float32", scope="local")
-    with build.unroll(count) as i:
+    with unrolled(count) as i:
         build.buffer_store(sums, tirx.const(0, "float32"), [i])
     return sums
 

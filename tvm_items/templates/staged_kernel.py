@@ -7,7 +7,6 @@ several steps ahead of the one that it computes. The structure of StagedKernel i
 
 import dataclasses
 
-from tvm_items.templates.expressions import zero
 from tvm_items.templates.output_tile import OutputTile, staging_bytes
 from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
@@ -123,9 +122,11 @@ class StagedKernel:
 
     def copy_first_steps(self, count):
         """Emits the copies of the first steps; count: of all steps, an int or an expression. Returns how many."""
+        from tvm.tirx.script.builder import ir as build
+
         ahead = self.config.stages - 1
-        for step in range(ahead):
-            self.copy_if(step < count, zero() + step, step)
+        with build.serial(ahead) as step:
+            self.copy_if(step < count, step, step)
         return ahead
 
     def wait_for_stage(self):

@@ -25,3 +25,14 @@ class Template:
         if not self.fits(decisions):
             raise ValueError(f"no kernel of {values} fits the task and the device")
         return self.make(*values)
+
+
+def unrolled(count):
+    """Emits a loop for the CUDA compiler to unroll.
+
+    build.unroll() has TVM do it, in front of most of its passes, which take three times as long on ResNet-50's kernels
+    in TF32 then. The loops over steps come to as many instructions either way.
+    """
+    from tvm.tirx.script.builder import ir as build
+
+    return build.serial(count, unroll=True)

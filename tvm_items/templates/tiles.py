@@ -67,18 +67,22 @@ def copy_tile(tile, buffers, shared, start, thread, threads, batch, first_output
 
     chunks = tile.line // tile.chunk
     total = tile.lines * chunks
-    for i in range(-(-total // threads)):
+    rounds, rest = divmod(total, threads)
+
+    def copy(i):
         number = thread + i * threads
         if threads % chunks == 0:
             line, chunk = thread // chunks + i * (threads // chunks), thread % chunks
         else:
             line, chunk = number // chunks, number % chunks
-        copy = functools.partial(copy_chunk, tile, buffers, shared, start, batch, first_output, first_term, line, chunk)
-        if (i + 1) * threads > total:
-            with build.If(number < total), build.Then():
-                copy()
-        else:
-            copy()
+        copy_chunk(tile, buffers, shared, start, batch, first_output, first_term, line, chunk)
+
+    if rounds:
+        with build.unroll(rounds) as i:  # by TVM: the CUDA compiler finds less in common in these addresses
+            copy(i)
+    if rest:
+        with build.If(thread < rest), build.Then():
+            copy(rounds)
 
 
 def copy_chunk(tile, buffers, shared, start, batch, first_output, first_term, line, chunk):

@@ -15,6 +15,7 @@ from tvm_items.templates.output_tile import OutputTile
 from tvm_items.templates.product_module import locate, make_sums, steps_of_part
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
 from tvm_items.templates.staged_kernel import StagedTemplate
+from tvm_items.templates.template import unrolled
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
 
 WARPGROUP_THREADS = 128
@@ -310,11 +311,9 @@ class Kernel:
 
     def emit_pairs(self, emit):
         """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
-        from tvm.tirx.script.builder import ir as build
-
         config = self.config
         column_blocks = config.columns // 8
-        with build.unroll(config.row_blocks) as i, build.unroll(2) as h, build.unroll(column_blocks) as j:
+        with unrolled(config.row_blocks) as i, unrolled(2) as h, unrolled(column_blocks) as j:
             row = self.warpgroup_row + i * INSTRUCTION_ROWS + self.warp * 16 + h * 8 + self.lane // 4
             column = j * 8 + self.lane % 4 * 2
             first = (i * column_blocks + j) * 4 + h * 2
