@@ -5,6 +5,11 @@ import torch
 from tvm_items.decisions import random_decisions
 
 
+def rounded_to_tf32(tensor):
+    """Returns an fp32 tensor of finite numbers rounded to 10 bits behind the point, ties away from zero."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def make_product(rows):
     """A matrix product (rows, 128) x (128, 64), and after it what reads a result twice, as a TIR module."""
     import tvm

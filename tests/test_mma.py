@@ -9,13 +9,13 @@ import torch
 
 from conftest import H200
 from cuda_emulator import emulate, generate
-from products import make_batched_product, make_convolution
+from products import make_batched_product, make_convolution, rounded_to_tf32
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
 from tvm_items.templates.epilogue import LOG2_ERFC
 from tvm_items.templates.find import find_templates
 from tvm_items.templates.mma import PARAMETERS, Config, MmaTemplate
-from tvm_items.templates.product_task import ALLOW_TF32
+from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
 
 
 def decide(**options):
@@ -105,14 +105,17 @@ def test_tf32_where_it_is_allowed(tvm, shape, transposed):
     """Operands are rounded to the nearest, as PyTorch does, and not cut off."""
     module, arguments, _ = make_batched_product(shape, "float32", transposed, epilogue=False)
     function = module["main"].with_attr(ALLOW_TF32, True)
-    x, w = (round_to_tf32(tensor) for tensor in arguments[:2])
+    x, w = (rounded_to_tf32(tensor) for tensor in arguments[:2])
     expected = x @ (w.mT if transposed else w)
     check(tvm, (tvm.IRModule({"main": function}), arguments, expected), tolerance=1e-6, chunks=8)
-
-
-def round_to_tf32(tensor):
-    """Returns an fp32 tensor rounded to 10 bits behind the point, ties away from zero."""
-    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    # What is known to be rounded is not rounded again.
+    target, count = tvm.target.Target(json.loads(H200)), []
+    for rounded in ((), (1,), (0, 1)):
+        marked = tvm.IRModule({"main": function.with_attr(ROUNDED, rounded)})
+        (template, *_) = find_templates(marked, target)
+        count.append(generate(template.realize(decide(chunks=8)), target, tir_pipeline())[0].count("cvt_tf32_f32_rna"))
+    assert count[0] > count[1] > count[2] == 0
+    check(tvm, (marked, [x, w, arguments[2]], expected), tolerance=1e-6, chunks=8)
 
 
 def test_what_fits_and_what_does_not(tvm):

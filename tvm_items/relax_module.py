@@ -3,37 +3,26 @@
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
 from tvm_items.reductions import fuse_around_reductions
-from tvm_items.templates.product_task import ALLOW_TF32
+from tvm_items.target import is_ampere_or_later
+from tvm_items.tf32 import mark_tf32, round_operands
 
 
 def tuned_module(exported, target, allow_tf32=False):
     """Returns (prepared Relax module, the model's weights as TVM tensors) of a decomposed ExportedProgram.
 
     The module has a function for each task, not yet scheduled: prepare() says more. The program is changed. allow_tf32:
-    whether products in fp32 may be computed on tensor cores, with operands rounded to TF32.
+    whether products in fp32 may be computed on tensor cores, with operands rounded to TF32, where the target has those.
     """
     simplify(exported)
     module, weights = import_to_relax(exported)
-    module = prepare(module, target, allow_tf32)
-    return (mark_tf32(module) if allow_tf32 else module), weights
-
-
-def mark_tf32(module):
-    """Returns a module whose TIR functions say that TF32 may be used: see find_templates() in templates/find.py."""
-    import tvm
-
-    functions = {
-        name: function.with_attr(ALLOW_TF32, True) if isinstance(function, tvm.tirx.PrimFunc) else function
-        for name, function in module.functions.items()
-    }
-    return tvm.IRModule(functions, attrs=module.attrs)
+    return prepare(module, target, allow_tf32 and is_ampere_or_later(target)), weights
 
 
 def prepare(module, target, allow_tf32):
     """Returns the Relax module with one TIR function for each distinct fused operator, not yet scheduled.
 
     Operators on weights alone go into a function of their own, main_transform_params, which is run once. allow_tf32:
-    as tuned_module() has it.
+    whether products in fp32 are computed with operands rounded to TF32.
     """
     import tvm
     from tvm import relax
@@ -43,6 +32,7 @@ def prepare(module, target, allow_tf32):
         widen_channels(allow_tf32),
         cancel_permutations(),
         read_odd_weights_along_terms(),
+        *([round_operands()] if allow_tf32 else []),
         relax.transform.LiftTransformParams(),
         *relax.pipeline.library_dispatch_passes(target),
         relax.transform.LegalizeOps(),
@@ -54,7 +44,8 @@ def prepare(module, target, allow_tf32):
         relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune
     ]
     with target, tvm.transform.PassContext(opt_level=3):
-        return tvm.transform.Sequential(passes)(module)
+        module = tvm.transform.Sequential(passes)(module)
+    return mark_tf32(module) if allow_tf32 else module
 
 
 def channels_last(module):

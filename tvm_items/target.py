@@ -22,6 +22,11 @@ def compute_capability(target):
     return str(target.attrs["arch"]).removeprefix("sm_").rstrip("af")
 
 
+def is_ampere_or_later(target):
+    """Returns whether a tvm.target.Target is a GPU with cp.async, and with tensor cores for bf16 and TF32."""
+    return target.kind.name == "cuda" and int(compute_capability(target)) >= 80
+
+
 def find_target(device):
     """Returns TVM's target for "cpu" or "cuda:N", as JSON, with what MetaSchedule's rules ask for.
 

@@ -1,6 +1,6 @@
 """Which templates a task has: hand-written kernels, which the tuner searches beside MetaSchedule's design spaces."""
 
-from tvm_items.target import compute_capability, max_shared_bytes
+from tvm_items.target import compute_capability, is_ampere_or_later, max_shared_bytes
 from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
 from tvm_items.templates.depthwise import DepthwiseTemplate, find_depthwise_task
@@ -13,14 +13,13 @@ from tvm_items.templates.row_task import find_row_task
 from tvm_items.templates.wgmma import WgmmaTemplate
 
 FIRST_TEMPLATE = 100
-MIN_CAPABILITY = 80  # cp.async, and mma.sync for bf16
 MIN_MMA_ROWS, MIN_WGMMA_ROWS = 2, 8  # with fewer, nearly all that tensor cores do is padding: 16 rows, or 64
 HOPPER = "90"  # no other compute capability has wgmma
 
 
 def find_templates(module, target):
     """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target."""
-    if target.kind.name != "cuda" or int(compute_capability(target)) < MIN_CAPABILITY:
+    if not is_ampere_or_later(target):
         return []
     limit = max_shared_bytes(target)
     attention = read_attention(module)

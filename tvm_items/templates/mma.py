@@ -140,7 +140,7 @@ class Kernel(StagedKernel):
             load = T.ptx[f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"]
             address = T.address_of(self.shared[start + tile.place(line, along)])
             build.evaluate(load(*(fragments[register] for register in registers), address))
-        if self.is_tf32:
+        if self.is_tf32 and not tile.operand.is_rounded:
             for register in registers:
                 value = T.reinterpret("float32", fragments[register])
                 build.evaluate(T.ptx["cvt.rna.tf32.f32"](fragments[register], value))

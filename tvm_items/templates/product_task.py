@@ -21,6 +21,7 @@ from tvm_items.templates.expressions import (
 )
 
 ALLOW_TF32 = "allow_tf32"  # an attribute of a task's function: whether operands in fp32 may be rounded to TF32
+ROUNDED = "rounded_to_tf32"  # another one: the numbers of the parameters that are rounded already
 MIN_COLUMNS, MIN_TERMS = 8, 16  # with fewer there is little to multiply
 MAX_BATCH = 65535  # of a launch's second dimension (CUDA C++ Programming Guide, compute capabilities)
 MAX_ELEMENTS = 2**31 - 1  # of a parameter: indices have 32 bits
@@ -55,6 +56,7 @@ class Operand:
     axes: tuple[Axis, Axis, Axis]  # batch, rows or columns, terms
     along_terms: bool  # whether elements that lie behind one another in memory are terms; else rows or columns
     vector: int  # how many of those can be copied as one
+    is_rounded: bool  # whether it has no more than the bits of TF32
 
     def access(self, buffers, *indices):
         """Returns (load, condition or None) of the element at indices of the three axes.
@@ -119,6 +121,7 @@ class Sums(typing.NamedTuple):
     value: object  # TIR: an element of the output
     output: object  # the parameter that is written
     indices: list  # TIR: where the element is written
+    rounded: list  # parameters that have no more than the bits of TF32
 
 
 def find_sums(module):
@@ -151,7 +154,8 @@ def find_sums(module):
     parameters = list(schedule.mod["main"].params)
     if any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
         return None
-    return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices)
+    rounded = [parameters[number] for number in module["main"].attrs.get(ROUNDED, ())]
+    return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices, rounded)
 
 
 def find_product_task(sums):
@@ -162,7 +166,9 @@ def find_product_task(sums):
         rows, columns, factors = columns, rows, factors[::-1]
     if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS or batch.extent > MAX_BATCH:
         return None
-    left, right = (make_operand(*factor, (batch, axis, terms)) for factor, axis in zip(factors, (rows, columns)))
+    left, right = (
+        make_operand(*factor, (batch, axis, terms), sums.rounded) for factor, axis in zip(factors, (rows, columns))
+    )
     dtypes = {dtype_of(left.load), dtype_of(right.load)}
     if len(dtypes) != 1 or not dtypes <= {"float16", "bfloat16", "float32"}:
         return None
@@ -323,13 +329,17 @@ def find_divisors(expressions, variable):
     return divisors, bool(others)
 
 
-def make_operand(load, condition, axes):
-    """Returns the Operand that reads `load` where the condition is met; axes: batch, rows or columns, terms."""
+def make_operand(load, condition, axes, rounded):
+    """Returns the Operand that reads `load` where the condition is met; axes: batch, rows or columns, terms.
+
+    rounded: as Sums have it.
+    """
     limit = 16 // (4 if dtype_of(load) == "float32" else 2)  # an asynchronous copy has at most 16 bytes
     shape = buffer_shape(load.source)
     runs = [contiguous_run(load.indices, shape, *axis.innermost(), condition, limit) for axis in axes[1:]]
     along_terms = runs[1] >= runs[0]
-    return Operand(load, condition, axes, along_terms, max(runs))
+    is_rounded = any(load.source.same_as(parameter) for parameter in rounded)
+    return Operand(load, condition, axes, along_terms, max(runs), is_rounded)
 
 
 def buffer_shape(buffer):
