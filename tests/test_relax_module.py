@@ -167,6 +167,8 @@ def test_images_get_channels_that_are_copied_as_vectors(tvm, allow_tf32):
     for name, function in module.functions_items():
         if "conv2d" in name.name_hint:
             image, kernel = (tuple(int(size) for size in parameter.shape) for parameter in function.params[:2])
+            if allow_tf32 and not image[3] % 4:  # outputs in front
+                kernel = (*kernel[1:], kernel[0])
             assert image[3] == kernel[2]
             read.add((image[1:], kernel[:2]))
     wide = {(image, kernel) for _, image, kernel in CONVOLUTIONS}

@@ -10,10 +10,11 @@ from cuda.pathfinder import find_nvidia_binary_utility
 
 from conftest import H200
 from cuda_emulator import emulate, generate
-from products import make_batched_product, make_convolution
+from products import make_batched_product, make_convolution, rounded_to_tf32
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
 from tvm_items.templates.find import find_templates
+from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
 from tvm_items.templates.wgmma import PARAMETERS, Config
 
 
@@ -40,11 +41,11 @@ def find_template(tvm, module, arch="sm_90"):
     return next((template for template in templates if type(template).__name__ == "WgmmaTemplate"), None)
 
 
-def check(tvm, task, **options):
+def check(tvm, task, tolerance=None, **options):
     """Asserts that the kernel of these options gives what is expected, with everything asynchronous late and early."""
     module, arguments, expected = task
     realized = find_template(tvm, module).realize(decide(**options))
-    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[expected.dtype]
+    tolerance = tolerance or {torch.float16: 1e-3, torch.bfloat16: 8e-3}[expected.dtype]
     for values in emulate(realized, tvm.target.Target(json.loads(H200)), arguments, tir_pipeline()):
         error = (values[-1].float() - expected.float()).norm() / expected.float().norm()
         assert error < tolerance and all(map(torch.equal, values[:-1], arguments[:-1]))
@@ -80,6 +81,21 @@ def test_a_convolution(tvm):
     check(tvm, task, rows=128, consumers=2, stages=2, tma=True)  # one of 1 x 1 is, and needs no detour
 
 
+@pytest.mark.parametrize("tma", [True, False])
+def test_tf32_where_both_operands_are_rounded(tvm, tma):
+    module, arguments, _ = make_batched_product((2, 70, 72, 104), "float32", transposed=True, epilogue=False)
+    function = module["main"].with_attr(ALLOW_TF32, True)
+    for rounded in ((), (1,)):
+        assert find_template(tvm, tvm.IRModule({"main": function.with_attr(ROUNDED, rounded)})) is None
+    x, w = map(rounded_to_tf32, arguments[:2])
+    task = tvm.IRModule({"main": function.with_attr(ROUNDED, (0, 1))}), [x, w, arguments[2]], x @ w.mT
+    check(tvm, task, tolerance=1e-6, tma=tma, columns=128, stages=4)
+    check(tvm, task, tolerance=1e-6, tma=tma, rows=128, consumers=2, stages=2, staged=True)
+    module, *_ = make_batched_product((2, 70, 72, 104), "float32", epilogue=False)  # the weight along the columns
+    marked = module["main"].with_attr(ALLOW_TF32, True).with_attr(ROUNDED, (0, 1))
+    assert find_template(tvm, tvm.IRModule({"main": marked})) is None
+
+
 def test_a_grouped_convolution(tvm):
     task = make_convolution((1, 5, 32, 80, 3), "bfloat16", 1, 1, 1, groups=2)
     assert find_template(tvm, task[0]).are_matrices == (False, True)  # a group's columns of the weights are one, too
@@ -105,13 +121,18 @@ def test_kernels_compile_for_hopper(tvm, tma):
         assert bytes(compile_candidate(source)).startswith(b"\x7fELF")
 
 
-@pytest.mark.parametrize("columns, stages", [(128, 4), (64, 8)])
-def test_no_sum_is_read_before_its_wait(tvm, tmp_path, columns, stages):
+@pytest.mark.parametrize(
+    "dtype, columns, stages", [("float16", 128, 4), ("float16", 64, 8), ("float32", 128, 4), ("float32", 64, 8)]
+)
+def test_no_sum_is_read_before_its_wait(tvm, tmp_path, dtype, columns, stages):
     """In machine code: ptxas moved half of the conversions of these kernels' sums in front of the wait for them."""
-    module, *_ = make_batched_product((1, 3152, 768, 3072), "float16")
+    module, *_ = make_batched_product((1, 3152, 768, 3072), dtype, transposed=True)
+    function = module["main"].with_attr(ALLOW_TF32, True).with_attr(ROUNDED, (0, 1))
     target = tvm.target.Target(json.loads(H200))
-    realized = find_template(tvm, module).realize(decide(rows=128, columns=columns, stages=stages, group=1))
-    source, *_ = generate(realized, target, tir_pipeline())
+    template = find_template(tvm, tvm.IRModule({"main": function}))
+    source, *_ = generate(
+        template.realize(decide(rows=128, columns=columns, stages=stages, group=1)), target, tir_pipeline()
+    )
     with target:
         (tmp_path / "kernel.cubin").write_bytes(bytes(compile_candidate(source)))
     disassemble = [find_nvidia_binary_utility("nvdisasm"), "-c", tmp_path / "kernel.cubin"]
@@ -124,7 +145,7 @@ def find_early_uses(code):
     """Returns the lines of SASS that name a register which a wgmma before them may still write."""
     pending, found = set(), []
     for line in code.splitlines():
-        product = re.search(r"HGMMA\.64x(\d+)x16\.\S+ R(\d+),", line)
+        product = re.search(r"HGMMA\.64x(\d+)x(?:16|8)\.\S+ R(\d+),", line)
         if product:
             columns, first = map(int, product.groups())
             pending |= {f"R{register}" for register in range(first, first + columns // 2)}

@@ -5,82 +5,154 @@ instruction for that: it takes two for each element that a thread reads, and a c
 Weights are rounded once, before the first inference. What only products read is rounded by the kernel that makes it.
 """
 
+import collections
+import math
+
 from tvm_items.reductions import blocks_of
+from tvm_items.relax_rewrites import multiply_transposed, mutate_functions, permute
+from tvm_items.templates.gemv import MAX_ROWS
 from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
 
-IS_PRODUCT = frozenset(("relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d"))
-ELEMENTWISE = "add subtract multiply divide maximum minimum tanh sigmoid clip nn.relu nn.gelu nn.gelu_tanh nn.silu"
-IS_ELEMENTWISE = frozenset(f"relax.{name}" for name in ELEMENTWISE.split())  # they fuse with a product before them
+PRODUCTS = frozenset(f"relax.{name}" for name in "matmul nn.conv1d nn.conv2d nn.conv3d".split())
+BEGINNINGS = PRODUCTS | {"relax.nn.layer_norm", "relax.nn.rms_norm"}  # what is elementwise behind one fuses with it
+ELEMENTWISE = frozenset(
+    f"relax.{name}"
+    for name in "add subtract multiply divide maximum minimum tanh sigmoid clip".split()
+    + "nn.relu nn.gelu nn.gelu_tanh nn.silu".split()
+)
+RESHAPE = "relax.reshape"
 ROUNDING = "round_operand"
 
 
 def round_operands():
     """Returns a pass over Relax modules that rounds weights of products, and what nothing but products reads.
 
-    The latter only behind a product, with elementwise operators between, so that the rounding fuses with that.
+    The latter only behind a product or a norm, with elementwise operators between, so that the rounding fuses with
+    that. Weights then lie along the terms, as tensor cores read them in TF32: (columns, terms), of convolutions OHWI.
     """
     import tvm
+    from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
     @tvm.ir.transform.module_pass(opt_level=0)
     def round_all(module, _):
-        operands, rounded = find_operands(module["main"]), {}
+        (weights, results), rounded = find_operands(module["main"]), {}
 
         @mutator
         class Rounder(PyExprMutator):
+            def visit_var_binding_(self, binding):
+                super().visit_var_binding_(binding)
+                if binding.var in results:
+                    self.set_var_remap(binding.var, self.round(self.visit_expr(binding.var)))
+
             def visit_call_(self, call):
                 visited = super().visit_call_(call)
-                if name_of(call) not in IS_PRODUCT:
+                if name_of(call) not in PRODUCTS:
                     return visited
-                arguments = [self.round(*pair) for pair in zip(call.args, visited.args)]
-                return tvm.relax.Call(visited.op, arguments, visited.attrs, visited.ty_args)
+                axes = axes_along_terms(call) if call.args[1] in weights else None
+                left = self.weight_or(call.args[0], visited.args[0])
+                right = self.weight_or(call.args[1], visited.args[1], axes)
+                if axes is None:
+                    return relax.Call(visited.op, [left, right], visited.attrs, visited.ty_args)
+                if name_of(call) == "relax.matmul":
+                    dtype = call.ty.dtype
+                    return self.builder_.call_te(multiply_transposed, left, right, dtype, primfunc_name_hint="matmul")
+                return relax.op.nn.conv2d(
+                    left,
+                    right,
+                    strides=call.attrs.strides,
+                    padding=call.attrs.padding,
+                    dilation=call.attrs.dilation,
+                    data_layout=call.attrs.data_layout,
+                    kernel_layout="OHWI",
+                    out_dtype=call.attrs.out_dtype,
+                )
 
-            def round(self, before, after):
-                """Returns what takes the place of an argument, which was `before` in the function as it is."""
-                if before not in operands:
+            def weight_or(self, before, after, axes=None):
+                """Returns what takes the place of `after`, an argument that was `before`: a rounded weight, or itself.
+
+                axes: in which order the weight then has its axes; None: as they are.
+                """
+                if before not in weights:
                     return after
-                if before not in rounded:
-                    rounded[before] = self.builder_.emit_te(round_to_tf32, after, primfunc_name_hint=ROUNDING)
-                return rounded[before]
+                key = before, axes and tuple(axes)
+                if key not in rounded:
+                    rounded[key] = self.round(after if axes is None else self.builder_.emit(permute(after, axes)))
+                return rounded[key]
 
-        changed = Rounder(module)
-        changed.builder_.update_func(module.get_global_var("main"), changed.visit_expr(module["main"]))
-        return changed.builder_.get()
+            def round(self, value):
+                return self.builder_.emit_te(round_to_tf32, value, primfunc_name_hint=ROUNDING)
+
+        return mutate_functions(Rounder)(module)
 
     return round_all
 
 
+def axes_along_terms(call):
+    """Returns the order of a weight's axes, of a product's second operand, in which it lies along the terms.
+
+    None where it stays as it is: in products with a few rows, which have another template, in convolutions of groups,
+    and where lines would not begin at multiples of 16 bytes.
+    """
+    weight = call.args[1].ty
+    if name_of(call) == "relax.matmul":
+        rows = math.prod(map(int, call.ty.shape)) // int(call.ty.shape[-1])
+        return [1, 0] if weight.ndim == 2 and not int(weight.shape[0]) % 4 and rows > MAX_ROWS else None
+    if name_of(call) == "relax.nn.conv2d" and call.attrs.kernel_layout == "HWIO" and call.attrs.groups == 1:
+        return None if int(weight.shape[2]) % 4 else [3, 0, 1, 2]
+    return None
+
+
 def find_operands(function):
-    """Returns the set of variables of a Relax function that round_operands() rounds."""
+    """Returns what round_operands() rounds in a Relax function: {variables that are weights}, {other variables}."""
     from tvm import relax
 
     values = {b.var: b.value for block in function.body.blocks for b in block.bindings}
-    weights = set(list(function.params)[int(function.attrs["num_input"]) :])
-    uses = {}
+    from_weights = set(weights_of(function))
+    uses = collections.defaultdict(list)
     for variable, value in values.items():
         read = relax.analysis.free_vars(value)
         for each in read:
-            uses.setdefault(each, []).append(value)
-        if read and weights.issuperset(read):
-            weights.add(variable)
+            uses[each].append((variable, name_of(value)))
+        if read and from_weights.issuperset(read):
+            from_weights.add(variable)
 
-    def is_behind_product(variable):
-        value = values.get(variable)
-        name = name_of(value)
-        return name in IS_PRODUCT or (
-            name in IS_ELEMENTWISE and any(len(uses.get(a, ())) == 1 and is_behind_product(a) for a in value.args)
+    for returned in relax.analysis.free_vars(function.body.body):
+        uses[returned].append((None, None))
+
+    def feeds_products(variable):
+        """Returns whether nothing reads a variable but products, and reshapes that feed products."""
+        return bool(uses[variable]) and all(
+            name in PRODUCTS or (name == RESHAPE and feeds_products(result)) for result, name in uses[variable]
         )
 
-    operands = set()
+    def is_fused(variable):
+        """Returns whether what is elementwise behind a variable fuses with the kernel that makes it."""
+        value = values.get(variable)
+        return name_of(value) in BEGINNINGS or (
+            name_of(value) in ELEMENTWISE and any(len(uses[a]) == 1 and is_fused(a) for a in value.args)
+        )
+
+    weights, results = set(), set()
     for value in values.values():
-        if name_of(value) in IS_PRODUCT:
-            for operand in value.args:
-                is_read_by_products = all(name_of(use) in IS_PRODUCT for use in uses.get(operand, ()))
-                if str(operand.ty.dtype) == "float32" and (
-                    operand in weights or (is_read_by_products and is_behind_product(operand))
-                ):
-                    operands.add(operand)
-    return operands
+        if name_of(value) not in PRODUCTS:
+            continue
+        for operand in value.args:
+            if str(operand.ty.dtype) != "float32":
+                continue
+            if operand in from_weights:
+                weights.add(operand)
+                continue
+            while name_of(values.get(operand)) == RESHAPE:
+                operand = values[operand].args[0]
+            if feeds_products(operand) and is_fused(operand):
+                results.add(operand)
+    return weights, results
+
+
+def weights_of(function):
+    """Returns those parameters of a Relax function that are weights, and no inputs."""
+    return list(function.params)[int(function.attrs["num_input"]) :]
 
 
 def name_of(value):
@@ -110,8 +182,8 @@ def mark_tf32(module):
     transforms = [name for name in module.functions if name.name_hint == "main_transform_params"]
     rounded = rounded_results(module, module[transforms[0]], set())[1] if transforms else []
     main = module["main"]
-    weights = list(main.params)[int(main.attrs["num_input"]) :]
-    calls, _ = rounded_results(module, main, {weight for weight, is_rounded in zip(weights, rounded) if is_rounded})
+    weights = {weight for weight, is_rounded in zip(weights_of(main), rounded) if is_rounded}
+    calls, _ = rounded_results(module, main, weights)
     functions = {}
     for name, function in module.functions.items():
         if isinstance(function, tvm.tirx.PrimFunc):
@@ -141,8 +213,10 @@ def rounded_results(module, function, rounded):
                     rounded.add(binding.var)
             elif isinstance(binding.value, tvm.relax.Tuple):
                 fields = [field in rounded for field in binding.value.fields]
-            elif binding.value in rounded:  # another name for it
-                rounded.add(binding.var)
+            else:  # another name for it, or another shape
+                source = binding.value.args[0] if name_of(binding.value) == RESHAPE else binding.value
+                if source in rounded:
+                    rounded.add(binding.var)
     return calls, fields
 
 

@@ -10,7 +10,7 @@ from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task, find_sums
 from tvm_items.templates.row_reduction import RowReductionTemplate
 from tvm_items.templates.row_task import find_row_task
-from tvm_items.templates.wgmma import WgmmaTemplate
+from tvm_items.templates.wgmma import WgmmaTemplate, takes_operands
 
 FIRST_TEMPLATE = 100
 MIN_MMA_ROWS, MIN_WGMMA_ROWS = 2, 8  # with fewer, nearly all that tensor cores do is padding: 16 rows, or 64
@@ -39,6 +39,6 @@ def find_templates(module, target):
     if task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs:
         return [*templates, FmaTemplate(task, limit)]
     templates.append(MmaTemplate(task, limit))
-    if compute_capability(target) == HOPPER and task.dtype != "float32" and task.rows.extent >= MIN_WGMMA_ROWS:
+    if compute_capability(target) == HOPPER and task.rows.extent >= MIN_WGMMA_ROWS and takes_operands(task):
         templates.append(WgmmaTemplate(task, limit))
     return templates

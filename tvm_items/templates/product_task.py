@@ -58,6 +58,10 @@ class Operand:
     vector: int  # how many of those can be copied as one
     is_rounded: bool  # whether it has no more than the bits of TF32
 
+    @property
+    def element_bytes(self):
+        return bytes_of_element(self.load)
+
     def access(self, buffers, *indices):
         """Returns (load, condition or None) of the element at indices of the three axes.
 
@@ -334,12 +338,16 @@ def make_operand(load, condition, axes, rounded):
 
     rounded: as Sums have it.
     """
-    limit = 16 // (4 if dtype_of(load) == "float32" else 2)  # an asynchronous copy has at most 16 bytes
+    limit = 16 // bytes_of_element(load)  # an asynchronous copy has at most 16 bytes
     shape = buffer_shape(load.source)
     runs = [contiguous_run(load.indices, shape, *axis.innermost(), condition, limit) for axis in axes[1:]]
     along_terms = runs[1] >= runs[0]
     is_rounded = any(load.source.same_as(parameter) for parameter in rounded)
     return Operand(load, condition, axes, along_terms, max(runs), is_rounded)
+
+
+def bytes_of_element(load):
+    return 4 if dtype_of(load) == "float32" else 2
 
 
 def buffer_shape(buffer):

@@ -13,8 +13,9 @@ MBARRIER_BYTES = 8
 class StageBarriers:
     """Two mbarriers for each stage, on which it becomes full and empty. Steps, stages and parities are expressions."""
 
-    shared: object  # a buffer of 16-bit elements in shared memory
-    start: int  # where in it they lie
+    shared: object  # a buffer in shared memory
+    element_bytes: int  # of its elements
+    start: int  # where in it they lie, in elements
     stages: int
 
     def emit_init(self, full_arrivals, empty_arrivals):
@@ -38,7 +39,7 @@ class StageBarriers:
     def address(self, number):
         from tvm.script import tirx as T
 
-        return T.address_of(self.shared[self.start + number * (MBARRIER_BYTES // 2)])
+        return T.address_of(self.shared[self.start + number * (MBARRIER_BYTES // self.element_bytes)])
 
     def emit_arrival(self, barrier):
         from tvm.script import tirx as T

@@ -19,10 +19,9 @@ from tvm_items.templates.template import unrolled
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
 
 WARPGROUP_THREADS = 128
-TERMS = 64  # of a step: in 16 bits a line of 128 bytes, which TMA and wgmma swizzle
-INSTRUCTION_ROWS, INSTRUCTION_TERMS = 64, 16
+LINE_BYTES = 128  # of the terms of a step: what TMA and wgmma swizzle
+INSTRUCTION_ROWS, INSTRUCTION_BYTES = 64, 32  # the latter of the terms of a row
 MAX_SUMS_OF_A_THREAD = 128
-LINE_BYTES = 128
 CONSUMERS_BARRIER = 1  # the number of a barrier of the threads that multiply; 0 is that of the whole block
 # The compiler takes a sum to be there once wgmma is issued: what reads it comes after this, and this after the wait.
 KEEP_BEHIND_WAIT = """
@@ -56,7 +55,7 @@ class Config:
     @property
     def chunks(self):
         """A step's terms, in chunks of 16 bytes."""
-        return TERMS * 2 // CHUNK_BYTES
+        return LINE_BYTES // CHUNK_BYTES
 
     @property
     def row_blocks(self):
@@ -81,7 +80,8 @@ class Kernel:
         self.left, self.right = template.tiles(config)
         self.by_tma = [config.tma and is_matrix for is_matrix in template.are_matrices]
         self.producer_threads = WARP_THREADS if all(self.by_tma) else WARPGROUP_THREADS
-        self.data_elements = template.data_bytes(config) // 2
+        self.element_bytes = self.left.element_bytes
+        self.data_elements = template.data_bytes(config) // self.element_bytes
         self.stage_elements = self.left.elements + self.right.elements
         self.row_tiles = -(-self.task.rows.extent // config.rows)
         self.column_tiles = -(-self.task.columns.extent // config.columns)
@@ -106,11 +106,11 @@ class Kernel:
             self.first_row = build.Bind(row_tile * config.rows)
             self.first_column = build.Bind(column_tile * config.columns)
             self.first_step, count = steps_of_part(self.steps, config.parts, part)
-            barrier_elements = 2 * config.stages * MBARRIER_BYTES // 2
+            barrier_elements = 2 * config.stages * MBARRIER_BYTES // self.element_bytes
             self.shared = build.alloc_buffer(
                 (self.data_elements + barrier_elements,), task.dtype, scope="shared.dyn", align=1024
             )
-            self.barriers = StageBarriers(self.shared, self.data_elements, config.stages)
+            self.barriers = StageBarriers(self.shared, self.element_bytes, self.data_elements, config.stages)
             with build.If(thread == 0), build.Then():
                 arrivals = any(self.by_tma) + (0 if all(self.by_tma) else self.producer_threads)
                 self.barriers.emit_init(arrivals, config.consumer_threads // WARP_THREADS)
@@ -161,7 +161,7 @@ class Kernel:
     def places(self, step):
         """Returns (tile, start in shared memory, first row or column, first term, whether by TMA) of both operands."""
         start = step % self.config.stages * self.stage_elements
-        term = (self.first_step + step) * TERMS
+        term = (self.first_step + step) * self.left.terms
         return (
             (self.left, start, self.first_row, term, self.by_tma[0]),
             (self.right, start + self.left.elements, self.first_column, term, self.by_tma[1]),
@@ -237,7 +237,7 @@ class Kernel:
         self.warpgroup_row = build.Bind(thread // WARPGROUP_THREADS * (config.rows // config.consumers))
         self.sums = make_sums(config.sums)
         descriptors = build.alloc_buffer((2,), "uint64", scope="local")
-        line = LINE_BYTES // 2
+        line = LINE_BYTES // self.element_bytes
         self.encode_descriptor(descriptors, 0, self.left, self.warpgroup_row * line)
         self.encode_descriptor(descriptors, 1, self.right, self.left.elements)
         # Not unrolled: ptxas 13.0 moves what reads the sums in front of the last wait, where it has unrolled this.
@@ -295,19 +295,25 @@ class Kernel:
         from tvm.tirx.script.builder import ir as build
 
         config = self.config
-        dtype = {"float16": "f16", "bfloat16": "bf16"}[self.task.dtype]
-        instruction = T.ptx[f"wgmma.mma_async.sync.aligned.m64n{config.columns}k16.f32.{dtype}.{dtype}"]
-        start = build.Bind(T.Cast("uint64", stage * (self.stage_elements * 2 // 16)))
+        dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}[self.task.dtype]
+        shape = f"m64n{config.columns}k{INSTRUCTION_BYTES // self.element_bytes}"
+        instruction = T.ptx[f"wgmma.mma_async.sync.aligned.{shape}.f32.{dtype}.{dtype}"]
+        start = build.Bind(T.Cast("uint64", stage * (self.stage_elements * self.element_bytes // 16)))
         transposed = [int(not tile.operand.along_terms) for tile in (self.left, self.right)]
-        for i in range(TERMS // INSTRUCTION_TERMS):
-            left_step, right_step = (  # along the line, or by lines
-                i * INSTRUCTION_TERMS * (LINE_BYTES if is_transposed else 2) // 16 for is_transposed in transposed
+        # Operands are multiplied by 1; in TF32 none can be transposed.
+        flags = [1, 1] if dtype == "tf32" else [1, 1, *transposed]
+        for i in range(LINE_BYTES // INSTRUCTION_BYTES):
+            left_step, right_step = (  # by lines, or along the line
+                i * INSTRUCTION_BYTES // self.element_bytes * LINE_BYTES // 16
+                if is_transposed
+                else i * INSTRUCTION_BYTES // 16
+                for is_transposed in transposed
             )
             for block in range(config.row_blocks):
                 sums = [self.sums[block * config.columns // 2 + r] for r in range(config.columns // 2)]
                 left = start + T.uint64(left_step + block * INSTRUCTION_ROWS * LINE_BYTES // 16)
                 operands = descriptors[0] + left, descriptors[1] + (start + T.uint64(right_step))
-                build.evaluate(instruction(*sums, *operands, T.bool(True), 1, 1, *transposed))
+                build.evaluate(instruction(*sums, *operands, T.bool(True), *flags))
 
     def emit_pairs(self, emit):
         """Emits emit(row, column, sums) for each pair of sums of a thread, side by side in the block's tile."""
@@ -322,9 +328,15 @@ class Kernel:
 
 def is_matrix(operand):
     """Returns whether TMA can copy an operand: plain matrices with rows at multiples of 16 bytes."""
-    if operand.condition is not None or operand.vector != 8:
+    if operand.condition is not None or operand.vector * operand.element_bytes != CHUNK_BYTES:
         return False
     return linear_strides(operand) is not None
+
+
+def takes_operands(task):
+    """Returns whether wgmma multiplies a ProductTask's operands: in TF32 only rounded ones that lie along the terms."""
+    operands = task.left, task.right
+    return task.dtype != "float32" or all(operand.is_rounded and operand.along_terms for operand in operands)
 
 
 class WgmmaTemplate(StagedTemplate):
