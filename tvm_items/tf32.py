@@ -116,7 +116,6 @@ def find_operands(function):
             uses[each].append((variable, name_of(value)))
         if read and from_weights.issuperset(read):
             from_weights.add(variable)
-
     for returned in relax.analysis.free_vars(function.body.body):
         uses[returned].append((None, None))
 
@@ -180,10 +179,11 @@ def mark_tf32(module):
     import tvm
 
     transforms = [name for name in module.functions if name.name_hint == "main_transform_params"]
-    rounded = rounded_results(module, module[transforms[0]], set())[1] if transforms else []
+    rounding = {name for name, function in module.functions.items() if makes_rounded(function)}
+    rounded = rounded_results(module[transforms[0]], rounding, set())[1] if transforms else []
     main = module["main"]
     weights = {weight for weight, is_rounded in zip(weights_of(main), rounded) if is_rounded}
-    calls, _ = rounded_results(module, main, weights)
+    calls, _ = rounded_results(main, rounding, weights)
     functions = {}
     for name, function in module.functions.items():
         if isinstance(function, tvm.tirx.PrimFunc):
@@ -195,11 +195,12 @@ def mark_tf32(module):
     return tvm.IRModule(functions, attrs=module.attrs)
 
 
-def rounded_results(module, function, rounded):
+def rounded_results(function, rounding, rounded):
     """Returns which values of a Relax function are rounded, as two results.
 
     The first is {TIR function: [[whether an argument is rounded, …] of a call, …]}, the second, where the function
-    returns a tuple, [whether a field is rounded, …]. rounded: the variables that are when it begins.
+    returns a tuple, [whether a field is rounded, …]. rounding: the TIR functions that round what they make. rounded:
+    the variables that are when it begins.
     """
     import tvm
 
@@ -209,7 +210,7 @@ def rounded_results(module, function, rounded):
             if name_of(binding.value) == "relax.call_tir":
                 name, arguments = binding.value.args[:2]
                 calls.setdefault(name, []).append([argument in rounded for argument in arguments.fields])
-                if makes_rounded(module[name]):
+                if name in rounding:
                     rounded.add(binding.var)
             elif isinstance(binding.value, tvm.relax.Tuple):
                 fields = [field in rounded for field in binding.value.fields]
@@ -221,7 +222,7 @@ def rounded_results(module, function, rounded):
 
 
 def makes_rounded(function):
-    """Returns whether the last thing that a TIR function does is to round what it writes into its last parameter."""
+    """Returns whether the last thing that a function does, one of TIR, is to round what its last parameter gets."""
     blocks = blocks_of(function)
     if not blocks or not blocks[-1].name_hint.startswith(ROUNDING):
         return False

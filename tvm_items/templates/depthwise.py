@@ -11,6 +11,7 @@ import typing
 from tvm_items.target import MAX_BLOCK_THREADS
 from tvm_items.templates.epilogue import MAX_VECTOR_BYTES, output_vector, store_outputs
 from tvm_items.templates.expressions import (
+    bytes_of_element,
     contiguous_run,
     dtype_of,
     replace_variable,
@@ -82,7 +83,7 @@ class DepthwiseTemplate(Template):
         task = self.task
         if task.rows.positions % rows or task.along.positions % columns or task.vector % vector:
             return False
-        if vector * (4 if dtype_of(task.data) == "float32" else 2) > MAX_VECTOR_BYTES or threads > MAX_BLOCK_THREADS:
+        if vector * bytes_of_element(task.data) > MAX_VECTOR_BYTES or threads > MAX_BLOCK_THREADS:
             return False
         return rows * columns * vector <= MAX_SUMS and task.along.seen(columns) * vector <= MAX_LINE
 

@@ -1,6 +1,15 @@
 """What follows a product: the sums of a kernel become elements of the task's output."""
 
-from tvm_items.templates.expressions import contiguous_run, dtype_of, find, is_conditional, is_load, loads_of, rewrite
+from tvm_items.templates.expressions import (
+    bytes_of_element,
+    contiguous_run,
+    dtype_of,
+    find,
+    is_conditional,
+    is_load,
+    loads_of,
+    rewrite,
+)
 from tvm_items.templates.product_task import buffer_shape, on_buffers
 
 MAX_VECTOR_BYTES = 16
@@ -11,8 +20,7 @@ LOG2_ERFC = (-1.6279070286, -0.9183934096, -0.1488804467, 0.0297340911, -0.00297
 
 def output_vector(task):
     """Returns how many elements of the output along the columns a thread can write as one."""
-    element_bytes = 4 if dtype_of(task.value) == "float32" else 2
-    return min(task.output_vector, MAX_VECTOR_BYTES // element_bytes)
+    return min(task.output_vector, MAX_VECTOR_BYTES // bytes_of_element(task.value))
 
 
 def store_outputs(task, buffers, batch, row, column, sums):

@@ -111,6 +111,11 @@ def unflatten(index, extents):
     return indices[::-1]
 
 
+def bytes_of_element(expression):
+    """Returns the bytes of an expression's dtype, which has 32 bits or 16."""
+    return 4 if dtype_of(expression) == "float32" else 2
+
+
 def zero():
     from tvm import tirx
 

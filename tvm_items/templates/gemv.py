@@ -28,9 +28,9 @@ PARAMETERS = (COLUMN_THREADS, SLICES, AHEAD, PARTS)
 
 def is_gemv(task):
     """Returns whether the template has kernels for a ProductTask: few rows, and a weight with columns side by side."""
-    right, element_bytes = task.right, 4 if task.dtype == "float32" else 2
+    right = task.right
     is_plain = right.condition is None and task.left.condition is None and not right.along_terms
-    return task.rows.extent <= MAX_ROWS and is_plain and right.vector * element_bytes >= MIN_VECTOR_BYTES
+    return task.rows.extent <= MAX_ROWS and is_plain and right.vector * right.element_bytes >= MIN_VECTOR_BYTES
 
 
 @dataclasses.dataclass

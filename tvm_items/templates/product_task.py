@@ -10,6 +10,7 @@ import typing
 
 from tvm_items.rewrites import UNSPLIT, find_product, rewrite_product
 from tvm_items.templates.expressions import (
+    bytes_of_element,
     contiguous_run,
     dtype_of,
     find,
@@ -344,10 +345,6 @@ def make_operand(load, condition, axes, rounded):
     along_terms = runs[1] >= runs[0]
     is_rounded = any(load.source.same_as(parameter) for parameter in rounded)
     return Operand(load, condition, axes, along_terms, max(runs), is_rounded)
-
-
-def bytes_of_element(load):
-    return 4 if dtype_of(load) == "float32" else 2
 
 
 def buffer_shape(buffer):

@@ -45,7 +45,7 @@ class StagedTemplate(Template):
 
     def tiles(self, config):
         """Returns the Tiles of both operands."""
-        terms = config.chunks * CHUNK_BYTES // (4 if self.task.dtype == "float32" else 2)
+        terms = config.chunks * CHUNK_BYTES // self.task.left.element_bytes
         return (
             Tile(self.task.left, self.task.dtype, config.rows, terms),
             Tile(self.task.right, self.task.dtype, config.columns, terms),

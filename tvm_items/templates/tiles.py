@@ -25,7 +25,7 @@ class Tile:
 
     @property
     def element_bytes(self):
-        return 4 if self.dtype == "float32" else 2
+        return self.operand.element_bytes
 
     @property
     def chunk(self):
