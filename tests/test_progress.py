@@ -1,8 +1,11 @@
 """What an interrupted run of the tuner goes on from, and when a search is over."""
 
 import math
+from types import SimpleNamespace
 
+from tvm_items.loop import TuningLoop
 from tvm_items.progress import Progress, has_settled, is_mostly_searched, restore
+from tvm_items.search import Trial
 from tvm_items.tasks import Task
 
 
@@ -51,3 +54,18 @@ def test_a_search_does_not_end_before_what_matters_was_searched():
     assert not is_mostly_searched(progress.values())
     progress["b"].is_exhausted = True
     assert is_mostly_searched(progress.values())
+
+
+def test_what_its_kin_has_schedules_for_is_tried_before_anything_is_searched_for_long():
+    slow, fast, alone = states = [Progress(Task(key, key, 1, "", ()), kin) for key, kin in zip("abc", ("s", "s", ""))]
+    for state, seconds in zip(states, (90e-6, 2e-6, 40e-6)):
+        state.default_s = seconds
+        state.end_round()
+    loop = SimpleNamespace(progress=dict(zip("abc", states)), trials_done=0, budget=math.inf, searches=True)
+    slow.is_adapted, slow.trials = True, [Trial(100, [1], 50e-6, None)]
+    assert [state.is_untried for state in states] == [False, True, False]
+    assert TuningLoop.most_promising(loop) is fast
+    fast.is_adapted = True
+    assert TuningLoop.most_promising(loop) is slow
+    slow.pending = 16
+    assert TuningLoop.most_promising(loop) is alone

@@ -136,8 +136,12 @@ def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
     assert any(line["space"] is not None and line["seconds"] < 0.8 * line["default_seconds"] for line in found_here)
     assert tuning.plan_tuning(case, None, None) is None  # what it has found is there
     library = tuning.find_library(case)
-    library.cases[tuning.tuned_name(case)]["asked_trials"] = 100
+    found_here = library.cases[tuning.tuned_name(case)]
     monkeypatch.setattr(tuning, "find_library", lambda *_, **__: library)
+    assert found_here["untried"] == 0
+    found_here |= {"untried": 3}
+    assert tuning.plan_tuning(case, None, None) == (None, tuning.ROUND_LIMIT_S)  # its time was over before it had all
+    found_here |= {"asked_trials": 100, "untried": 0}
     assert tuning.plan_tuning(case, 100, 1) is None and tuning.plan_tuning(case, 101, 1) == (101, 60)
     assert tuning.plan_tuning(case, None, 1) == (math.inf, 60)  # this version may have kernels that were not tried
 

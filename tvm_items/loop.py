@@ -145,6 +145,7 @@ class TuningLoop:
             "tune_time_s": round(self.spent_before_s + self.elapsed_s(), 1),
             "tune_trials": self.trials_done,
             "asked_trials": self.asked_trials if math.isfinite(self.budget) and is_complete else 0,
+            "untried": sum(state.is_untried for state in states),
         }
         return Tuned(records, measured, spent)
 
@@ -188,7 +189,8 @@ class TuningLoop:
     def most_promising(self):
         """Returns the Progress to search next, None where none may be: each default schedule is measured first.
 
-        Without a search, it is one whose kin is to be adapted, as soon as its own default schedule is measured.
+        What has nothing but its default schedule goes first, if it has kin: a round of each task is more than a short
+        search has time for. Without a search, it is one of those as soon as its own default schedule is measured.
         """
         states = self.progress.values()
         pending = sum(state.pending for state in states)
@@ -196,8 +198,9 @@ class TuningLoop:
             return None
         if self.searches and not all(state.best_s_after_rounds or state.is_exhausted for state in states):
             return None
-        may_be_next = (state for state in states if state.is_open and (self.searches or not state.is_adapted))
-        return max(may_be_next, key=Progress.expected_saving_s, default=None)
+        may_be_next = [state for state in states if state.is_open and (self.searches or not state.is_adapted)]
+        untried = [state for state in may_be_next if state.is_untried]
+        return max(untried or may_be_next, key=Progress.expected_saving_s, default=None)
 
     def submit_search(self, builder, state):
         """Gives an idle builder the search of a task; what it has of kin is adapted first."""

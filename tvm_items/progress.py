@@ -42,6 +42,11 @@ class Progress:
         """Whether it may be searched now."""
         return bool(self.best_s_after_rounds) and not self.pending and not self.is_exhausted
 
+    @property
+    def is_untried(self):
+        """Whether its kin has schedules for it that may do, and nothing but its default one was measured."""
+        return not (self.trials or self.is_adapted or self.is_exhausted)
+
     def forget(self, candidate):
         """Drops the trials of a Candidate."""
         self.trials = [trial for trial in self.trials if (trial.space, trial.decisions) != candidate[:2]]

@@ -70,6 +70,7 @@ class TunedCase:
     tune_trials: int = validated_field(not_negative)
     asked_trials: int = validated_field(not_negative)  # for each task, that a search has come to; 0: none has
     kernels: int = validated_field(not_negative)  # of its tasks, that the library had then
+    untried: int = validated_field(not_negative, default=0)  # of the others, those that its kin may have schedules for
 
 
 @strict

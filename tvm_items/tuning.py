@@ -97,8 +97,8 @@ def plan_tuning(case, tune_trials, tune_minutes):
 
     tune_trials, tune_minutes: what the user asks for, or None. With minutes alone a search has as many trials as fit,
     whatever was tuned before: another version may have other kernels. Without both there is nothing to do for a case
-    that was tuned, and one short round, with None for the trials, where others were; a search where none was. Raises
-    UserError where the library or the case's journal cannot be used.
+    that was tuned to its last kernel, and one short round, with None for the trials, where that was cut off or others
+    were tuned; a search where none was. Raises UserError where the library or the case's journal cannot be used.
     """
     try:
         library = find_library(case, with_others=True)  # now, so that a warning is seen
@@ -110,7 +110,7 @@ def plan_tuning(case, tune_trials, tune_minutes):
         asked_trials = tune_trials or (math.inf if tune_minutes else TUNE_TRIALS)
         is_done = tuned and tuned["asked_trials"] >= asked_trials
         return None if is_done else (asked_trials, 60 * (tune_minutes or TUNE_MINUTES))
-    return None if tuned else (None, ROUND_LIMIT_S)
+    return None if tuned and not tuned.get("untried") else (None, ROUND_LIMIT_S)
 
 
 def tune_case(case, asked_trials, limit_s):
