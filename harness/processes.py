@@ -5,6 +5,7 @@ no CUDA context, no compiled code and no thread of another job. So the forking p
 it computes nothing.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import math
@@ -204,6 +205,19 @@ def call(function, *args, timeout_s):
     """Returns function(*args), computed in a process of its own. Raises what Worker.wait() raises."""
     with Worker() as worker:
         return worker.call(function, *args, timeout_s=timeout_s)
+
+
+def map_in_forks(function, jobs):
+    """Returns the list of function(*job) for each of `jobs`, computed in forks of this process on every core at once.
+
+    For what holds Python's lock, so that threads would wait for one another, and needs nothing but what is imported. A
+    job that crashes is an error here, too: what may do so is a Worker's. jobs: a list of tuples of arguments.
+    """
+    if not jobs:
+        return []
+    workers, forks = min(len(jobs), len(os.sched_getaffinity(0))), multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, forks) as pool:
+        return list(pool.map(function, *zip(*jobs)))
 
 
 def report(stage):

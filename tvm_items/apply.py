@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+from harness import processes
 from harness.errors import one_line
 from tvm_items.measure import build, schedule_candidate
 from tvm_items.tasks import default_schedule
@@ -60,40 +61,51 @@ def schedule(module, target, tasks, kernels, unfit):
     """
     import tvm
 
-    functions = dict(module.functions.items())
-
-    def apply(name, task_json, candidate):
-        scheduled = schedule_candidate(task_json, str(target), *candidate)["main"]
-        functions[name] = scheduled.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
-
-    try_schedules(module, tasks, kernels, unfit, apply)
+    functions, candidates = dict(module.functions.items()), find_candidates(module, tasks, kernels, unfit)
+    # MetaSchedule's design spaces take a third of a second each, most of it under Python's lock.
+    jobs = [(task_json, str(target), *candidate) for task_json, candidate in candidates.values()]
+    for name, (scheduled, error) in zip(candidates, processes.map_in_forks(schedule_as_json, jobs)):
+        if error:
+            unfit[tasks[name]] = error
+        else:
+            function = tvm.ir.load_json(scheduled)["main"]
+            functions[name] = function.without_attr("global_symbol").with_attr("tirx.is_scheduled", True)
     return default_schedule(tvm.IRModule(functions, attrs=module.attrs), target)
+
+
+def schedule_as_json(task_json, target_json, space, decisions):
+    """Returns (a task as a candidate schedules it, in TVM's JSON, None), or (None, one line on why it cannot be).
+
+    It cannot by decisions of another version of TVM's, or by damaged ones.
+    """
+    import tvm
+
+    try:
+        return tvm.ir.save_json(schedule_candidate(task_json, target_json, space, decisions)), None
+    except Exception as error:
+        return None, one_line(error)
 
 
 def find_unbuildable(module, target, tasks, kernels, unfit):
     """Adds to `unfit` those tasks that cannot be built by their schedules, each alone; the rest is as in schedule()."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "kernel.so")
+        for name, (task_json, candidate) in find_candidates(module, tasks, kernels, unfit).items():
+            try:
+                build(task_json, str(target), candidate, path)
+            except Exception as error:
+                unfit[tasks[name]] = one_line(error)
 
-        def build_alone(name, task_json, candidate):
-            build(task_json, str(target), candidate, path)
 
-        try_schedules(module, tasks, kernels, unfit, build_alone)
+def find_candidates(module, tasks, kernels, unfit):
+    """Returns {name of a function: (its task in TVM's JSON, (space, decisions))}, less TVM's default schedules.
 
-
-def try_schedules(module, tasks, kernels, unfit, use):
-    """Calls use(name, the task in TVM's JSON, (space, decisions)) for each schedule that is not TVM's default one.
-
-    A task for which it raises, as for decisions of another version of TVM's or damaged ones, joins `unfit`, and those
-    that are there are left out; the rest is as in schedule().
+    The rest is as in schedule().
     """
     import tvm
 
-    for name, key in tasks.items():
-        candidate = kernels[key]["space"], kernels[key]["decisions"]
-        if candidate[0] is None or key in unfit:
-            continue
-        try:
-            use(name, tvm.ir.save_json(as_task(module[name])), candidate)
-        except Exception as error:
-            unfit[key] = one_line(error)
+    return {
+        name: (tvm.ir.save_json(as_task(module[name])), (kernels[key]["space"], kernels[key]["decisions"]))
+        for name, key in tasks.items()
+        if kernels[key]["space"] is not None and key not in unfit
+    }

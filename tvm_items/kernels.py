@@ -1,10 +1,10 @@
 """From CUDA C++, which TVM generates, to machine code: NVRTC on every core, as fp32 arithmetic and without warnings."""
 
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import re
+
+from harness import processes
 
 
 def compile_kernels(source):
@@ -12,16 +12,14 @@ def compile_kernels(source):
 
     TVM hands NVRTC all kernels as one program, which keeps one core busy for most of the compile time. Kernels do not
     call one another: they are dealt out to programs that compile at once and are linked again. In processes, because
-    NVRTC's front end holds a lock; forked, because they only need what is imported, and never touch CUDA.
+    NVRTC's front end holds a lock.
     """
     from tvm.support import nvcc
 
     programs = split_into_programs(without_type_traits(source), len(os.sched_getaffinity(0)))
     arch = find_arch(source)
     compile_program = functools.partial(nvcc.compile_cuda, target_format="cubin", arch=arch, options=["-rdc=true"])
-    with concurrent.futures.ProcessPoolExecutor(len(programs), multiprocessing.get_context("fork")) as pool:
-        cubins = list(pool.map(compile_program, programs))
-    return link(cubins, arch)
+    return link(processes.map_in_forks(compile_program, [(program,) for program in programs]), arch)
 
 
 def find_arch(source):
