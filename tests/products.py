@@ -50,8 +50,12 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=Fal
     if epilogue:
         biased = topi.add(output, bias)
         half, root = (topi.full((), dtype, value) for value in (0.5, 0.5**0.5))
-        erf = topi.cast(topi.erf(topi.cast(topi.multiply(biased, root), "float32")), dtype)
-        share = topi.add(topi.multiply(erf, half), half) if gelu else topi.sigmoid(biased)
+        # As TVM has GELU: in fp16 with an erf() of fp32, in bf16 with one of bf16.
+        argument = topi.multiply(biased, root)
+        argument = topi.cast(argument, "float32") if dtype == "float16" else argument
+        share = (
+            topi.add(topi.multiply(topi.cast(topi.erf(argument), dtype), half), half) if gelu else topi.sigmoid(biased)
+        )
         output = topi.add(topi.multiply(topi.multiply(biased, share), scale), residual)
         inputs += [bias, scale, residual]
         biased = expected + tensors[2]

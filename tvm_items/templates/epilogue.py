@@ -55,8 +55,9 @@ def store_outputs(task, buffers, batch, row, column, sums):
                     if structural_equal(part, load):
                         return copy[j]
                 return on_buffers(part, positions, buffers)
-            if is_rounded_erf(part):
-                return emit_erf(rewrite(part.value.args[0], replace)).astype(dtype_of(part))
+            argument = argument_of_erf(part)
+            if argument is not None:
+                return emit_erf(rewrite(argument, replace)).astype(dtype_of(part))
             return find(part, positions)
 
         values.append(rewrite(task.value, replace))
@@ -75,13 +76,19 @@ def store_outputs(task, buffers, batch, row, column, sums):
         build.buffer_store(output, results[j], place(j))
 
 
-def is_rounded_erf(part):
-    """Returns whether a TIR expression is an erf() in fp32 that is rounded to 16 bits."""
+def argument_of_erf(part):
+    """Returns the argument, in fp32, of a TIR expression that is an erf() in 16 bits; None for any other.
+
+    TVM rounds the erf() of fp32 where a model is in fp16, and has one of bf16, whose CUDA code does the same.
+    """
     from tvm import ir, tirx
 
-    if not isinstance(part, tirx.Cast) or dtype_of(part) not in ("float16", "bfloat16"):
-        return False
-    return isinstance(part.value, ir.Call) and part.value.op == ir.Op.get("tirx.erf")
+    if dtype_of(part) not in ("float16", "bfloat16"):
+        return None
+    call = part.value if isinstance(part, tirx.Cast) else part
+    if not isinstance(call, ir.Call) or call.op != ir.Op.get("tirx.erf"):
+        return None
+    return call.args[0].astype("float32")
 
 
 def emit_erf(argument):
