@@ -69,9 +69,18 @@ def test_products(tvm, shape, dtype, transposed, epilogue, options):
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_gelu_behind_a_product(tvm, dtype):
     task = make_batched_product((1, 70, 40, 104), dtype, gelu=True)
-    realized = check(tvm, task, tolerance={"float16": 1e-3, "bfloat16": 1e-2}[dtype])
-    source, *_ = generate(realized, tvm.target.Target(json.loads(H200)), tir_pipeline())
-    assert "ex2.approx" in source and "erff(" not in source
+    check(tvm, task, tolerance={"float16": 1e-3, "bfloat16": 1e-2}[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("gelu, instruction, exact", [(True, "ex2.approx", "erf"), (False, "rcp.approx", "exp")])
+def test_activations_of_16_bits_are_short(tvm, dtype, gelu, instruction, exact):
+    module, *_ = make_batched_product((1, 70, 40, 104), dtype, gelu=gelu)
+    target = tvm.target.Target(json.loads(H200))
+    (template, *_) = find_templates(module, target)
+    source, *_ = generate(template.realize(decide()), target, tir_pipeline())
+    kernel = source[source.rindex("__global__") :]
+    assert instruction in source and f"{exact}f(" not in kernel and f"h{exact}(" not in kernel
 
 
 def test_the_error_of_erf():

@@ -1,5 +1,7 @@
 """What follows a product: the sums of a kernel become elements of the task's output."""
 
+import math
+
 from tvm_items.templates.expressions import (
     bytes_of_element,
     contiguous_run,
@@ -34,16 +36,16 @@ def store_outputs(task, buffers, batch, row, column, sums):
 
     width = len(sums)
     loads = [load for load in loads_of(task.value) if not load.source.same_as(task.product)]
-    # What is loaded under a condition may lie out of bounds where that is not met.
-    can_load_ahead = width > 1 and not is_conditional(task.value)
-    vectors = [load for load in loads if can_load_ahead and is_vector(task, load, width)]
+    # What is loaded under a condition may lie out of bounds where that is not met: nothing is emitted ahead then.
+    is_plain = not is_conditional(task.value)
+    vectors = [load for load in loads if is_plain and width > 1 and is_vector(task, load, width)]
     held = []
     for load in vectors:
         copy = build.alloc_buffer((width,), dtype_of(load), scope="local")
         with build.vectorized(width) as j:
             build.buffer_store(copy, on_buffers(load, task.positions(batch, row, column + j), buffers), [j])
         held.append(copy)
-    values = []
+    values, takes_short_forms = [], is_plain and bytes_of_element(task.value) == 2
     for j in range(width):
         positions = task.positions(batch, row, column + j)
 
@@ -55,9 +57,10 @@ def store_outputs(task, buffers, batch, row, column, sums):
                     if structural_equal(part, load):
                         return copy[j]
                 return on_buffers(part, positions, buffers)
-            argument = argument_of_erf(part)
-            if argument is not None:
-                return emit_erf(rewrite(argument, replace)).astype(dtype_of(part))
+            emit = short_form(part) if takes_short_forms else None
+            if emit is not None:
+                argument = rewrite(part.args[0], replace).astype("float32")
+                return emit(argument).astype(dtype_of(part))
             return find(part, positions)
 
         values.append(rewrite(task.value, replace))
@@ -76,40 +79,66 @@ def store_outputs(task, buffers, batch, row, column, sums):
         build.buffer_store(output, results[j], place(j))
 
 
-def argument_of_erf(part):
-    """Returns the argument, in fp32, of a TIR expression that is an erf() in 16 bits; None for any other.
+def short_form(part):
+    """Returns the function that emits, in fp32, what a TIR expression calls, None where there is none.
 
-    TVM rounds the erf() of fp32 where a model is in fp16, and has one of bf16, whose CUDA code does the same.
+    CUDA's erff() and expf() and a division are right to the last bits of fp32, which are lost where an output is
+    rounded to 16 bits, and take two to three times the instructions. An activation is one of these for every element of
+    an output, while the tensor cores wait. TVM has erf() of fp32 for a model in fp16, and of bf16 for one in bf16.
     """
-    from tvm import ir, tirx
+    from tvm import ir
 
-    if dtype_of(part) not in ("float16", "bfloat16"):
+    if not isinstance(part, ir.Call):
         return None
-    call = part.value if isinstance(part, tirx.Cast) else part
-    if not isinstance(call, ir.Call) or call.op != ir.Op.get("tirx.erf"):
-        return None
-    return call.args[0].astype("float32")
+    return {"tirx.erf": emit_erf, "tirx.sigmoid": emit_sigmoid}.get(getattr(part.op, "name", None))
 
 
 def emit_erf(argument):
-    """Emits erf() of an expression in fp32, and returns it in fp32, off by less than 1e-6.
-
-    CUDA's erff() is right to the last bits of fp32, which are lost here, and takes twice the instructions. GELU has one
-    for every element of an output, while the tensor cores wait.
-    """
+    """Emits erf() of an expression in fp32, and returns it in fp32, off by less than 1e-6."""
     from tvm import tirx
-    from tvm.script import tirx as T
-    from tvm.tirx.script.builder import ir as build
 
-    value, power = (build.alloc_buffer((1,), "float32", scope="local") for _ in range(2))
-    build.buffer_store(value, argument, [0])
+    value, power = make_registers(2)
+    store(value, argument)
     magnitude = tirx.abs(value[0])
     exponent = tirx.const(0, "float32")
     for coefficient in reversed(LOG2_ERFC):
         exponent = (exponent + tirx.const(coefficient, "float32")) * magnitude
-    build.buffer_store(power, exponent, [0])
-    build.evaluate(T.ptx["ex2.approx.ftz.f32"](power[0], power[0]))
+    store(power, exponent)
+    approximate("ex2", power)
     return tirx.copysign(tirx.const(1, "float32") - power[0], value[0])
+
+
+def emit_sigmoid(argument):
+    """Emits 1 / (1 + exp(-x)) of an expression in fp32, and returns it in fp32, off by less than 1e-6 of itself."""
+    from tvm import tirx
+
+    (share,) = make_registers(1)
+    store(share, argument * tirx.const(-math.log2(math.e), "float32"))
+    approximate("ex2", share)
+    store(share, share[0] + tirx.const(1, "float32"))
+    approximate("rcp", share)
+    return share[0]
+
+
+def make_registers(count):
+    """Returns so many buffers of one fp32 element each."""
+    from tvm.tirx.script.builder import ir as build
+
+    return [build.alloc_buffer((1,), "float32", scope="local") for _ in range(count)]
+
+
+def store(register, value):
+    from tvm.tirx.script.builder import ir as build
+
+    build.buffer_store(register, value, [0])
+
+
+def approximate(operation, register):
+    """Emits a PTX instruction of one operand, off by about 1e-7 of the result, which takes the operand's place."""
+    from tvm.script import tirx as T
+    from tvm.tirx.script.builder import ir as build
+
+    build.evaluate(T.ptx[f"{operation}.approx.ftz.f32"](register[0], register[0]))
 
 
 def is_vector(task, load, width):
