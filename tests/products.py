@@ -3,6 +3,8 @@
 import torch
 
 from tvm_items.decisions import random_decisions
+from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
+from tvm_items.tf32 import round_to_tf32
 
 
 def rounded_to_tf32(tensor):
@@ -25,12 +27,12 @@ def make_product(rows):
     return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
 
 
-def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=False):
+def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=False, rounded=False):
     """Returns (TIR module, its arguments as tensors, expected output) of a batched matrix product, summed in fp32.
 
     shape: (batch, rows, columns, terms). transposed: whether the right operand is given as (batch, columns, terms).
     epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual. gelu:
-    whether that activation is GELU, by erf, and not SiLU.
+    whether that activation is GELU, by erf, and not SiLU. rounded: whether operands and output are rounded to TF32.
     """
     import tvm
     from tvm import te, topi
@@ -45,6 +47,8 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=Fal
     generator = torch.Generator().manual_seed(0)
     tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias, scale, residual)]
     tensors[1] /= terms**0.5
+    if rounded:
+        tensors[:2] = map(rounded_to_tf32, tensors[:2])
     left, right = (tensor.float() for tensor in tensors[:2])
     expected = (left @ (right.mT if transposed else right)).to(tensors[0].dtype)
     if epilogue:
@@ -63,7 +67,10 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=Fal
         expected = activated * tensors[3] + tensors[4]
     else:
         tensors = tensors[:2]
-    module = tvm.IRModule({"main": te.create_prim_func([*inputs, output]).with_attr("global_symbol", "main")})
+    function = te.create_prim_func([*inputs, round_to_tf32(output) if rounded else output])
+    if rounded:
+        function, expected = function.with_attr({ALLOW_TF32: True, ROUNDED: [0, 1]}), rounded_to_tf32(expected)
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     return module, [*tensors, torch.full_like(expected, torch.nan)], expected
 
 

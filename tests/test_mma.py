@@ -83,6 +83,16 @@ def test_activations_of_16_bits_are_short(tvm, dtype, gelu, instruction, exact):
     assert instruction in source and f"{exact}f(" not in kernel and f"h{exact}(" not in kernel
 
 
+def test_an_activation_that_is_rounded_to_tf32(tvm):
+    """It is computed once, though what rounds it reads it five times, and what it reads is loaded in vectors."""
+    task = make_batched_product((1, 70, 40, 104), "float32", gelu=True, rounded=True)
+    realized = check(tvm, task, tolerance=1e-4, chunks=8)
+    source, *_ = generate(realized, tvm.target.Target(json.loads(H200)), tir_pipeline())
+    kernel = source[source.rindex("__global__") :]
+    assert "erff" not in kernel and kernel.count("cvt_tf32_f32_rna") == kernel.count("ex2_approx") > 0
+    assert "isnan" not in kernel and "(float2*)" in kernel
+
+
 def test_the_error_of_erf():
     """In fp32, as the kernels compute it: what it adds to erf is lost where the result is rounded to 16 bits."""
     x = np.linspace(0, 6, 100001, dtype=np.float32)

@@ -10,6 +10,7 @@ import math
 
 from tvm_items.reductions import blocks_of
 from tvm_items.relax_rewrites import multiply_transposed, mutate_functions, permute
+from tvm_items.templates.expressions import rounded_to_tf32
 from tvm_items.templates.gemv import MAX_ROWS
 from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
 
@@ -160,15 +161,10 @@ def name_of(value):
 
 
 def round_to_tf32(x):
-    """Returns the tensor expression of x, fp32, rounded to TF32's 10 bits: to nearest, ties away from zero."""
-    from tvm import te, tirx
+    """Returns the tensor expression of x, fp32, rounded to TF32."""
+    from tvm import te
 
-    def round_one(*place):
-        bits = tirx.reinterpret("uint32", x[place]) + tirx.const(0x1000, "uint32")
-        rounded = tirx.reinterpret("float32", bits & tirx.const(0xFFFFE000, "uint32"))
-        return tirx.Select(tirx.isfinite(x[place]), rounded, x[place])
-
-    return te.compute(x.shape, round_one, name=ROUNDING)
+    return te.compute(x.shape, lambda *place: rounded_to_tf32(x[place]), name=ROUNDING)
 
 
 def mark_tf32(module):

@@ -3,6 +3,7 @@
 import math
 
 from tvm_items.templates.expressions import (
+    argument_of_rounding,
     bytes_of_element,
     contiguous_run,
     dtype_of,
@@ -34,10 +35,12 @@ def store_outputs(task, buffers, batch, row, column, sums):
     from tvm.tirx.script.builder import ir as build
     from tvm_ffi import structural_equal
 
-    width = len(sums)
-    loads = [load for load in loads_of(task.value) if not load.source.same_as(task.product)]
+    argument, width = argument_of_rounding(task.value), len(sums)
+    is_rounded = argument is not None
+    value = argument if is_rounded else task.value
+    loads = [load for load in loads_of(value) if not load.source.same_as(task.product)]
     # What is loaded under a condition may lie out of bounds where that is not met: nothing is emitted ahead then.
-    is_plain = not is_conditional(task.value)
+    is_plain = not is_conditional(value)
     vectors = [load for load in loads if is_plain and width > 1 and is_vector(task, load, width)]
     held = []
     for load in vectors:
@@ -45,7 +48,7 @@ def store_outputs(task, buffers, batch, row, column, sums):
         with build.vectorized(width) as j:
             build.buffer_store(copy, on_buffers(load, task.positions(batch, row, column + j), buffers), [j])
         held.append(copy)
-    values, takes_short_forms = [], is_plain and bytes_of_element(task.value) == 2
+    values, takes_short_forms = [], is_plain and (is_rounded or bytes_of_element(value) == 2)
     for j in range(width):
         positions = task.positions(batch, row, column + j)
 
@@ -59,11 +62,10 @@ def store_outputs(task, buffers, batch, row, column, sums):
                 return on_buffers(part, positions, buffers)
             emit = short_form(part) if takes_short_forms else None
             if emit is not None:
-                argument = rewrite(part.args[0], replace).astype("float32")
-                return emit(argument).astype(dtype_of(part))
+                return emit(rewrite(part.args[0], replace).astype("float32")).astype(dtype_of(part))
             return find(part, positions)
 
-        values.append(rewrite(task.value, replace))
+        values.append(emit_rounding(rewrite(value, replace)) if is_rounded else rewrite(value, replace))
     output = find(task.output, buffers)
 
     def place(offset):
@@ -83,8 +85,8 @@ def short_form(part):
     """Returns the function that emits, in fp32, what a TIR expression calls, None where there is none.
 
     CUDA's erff() and expf() and a division are right to the last bits of fp32, which are lost where an output is
-    rounded to 16 bits, and take two to three times the instructions. An activation is one of these for every element of
-    an output, while the tensor cores wait. TVM has erf() of fp32 for a model in fp16, and of bf16 for one in bf16.
+    rounded to 16 bits or to TF32, and take two to three times the instructions. An activation is one of these for every
+    element of an output, while the tensor cores wait. TVM has erf() of fp32 in fp16, and of bf16 in bf16.
     """
     from tvm import ir
 
@@ -118,6 +120,16 @@ def emit_sigmoid(argument):
     store(share, share[0] + tirx.const(1, "float32"))
     approximate("rcp", share)
     return share[0]
+
+
+def emit_rounding(argument):
+    """Emits the rounding of an expression in fp32 to TF32, and returns it in fp32."""
+    from tvm.script import tirx as T
+    from tvm.tirx.script.builder import ir as build
+
+    rounded = build.alloc_buffer((1,), "uint32", scope="local")
+    build.evaluate(T.ptx["cvt.rna.tf32.f32"](rounded[0], argument))
+    return T.reinterpret("float32", rounded[0])
 
 
 def make_registers(count):

@@ -87,6 +87,28 @@ def is_conditional(expression):
     return bool(found)
 
 
+def rounded_to_tf32(value):
+    """Returns a TIR expression in fp32, rounded to TF32's 10 bits: to nearest, ties away from zero."""
+    from tvm import tirx
+
+    bits = tirx.reinterpret("uint32", value) + tirx.const(0x1000, "uint32")
+    rounded = tirx.reinterpret("float32", bits & tirx.const(0xFFFFE000, "uint32"))
+    return tirx.Select(tirx.isfinite(value), rounded, value)
+
+
+def argument_of_rounding(expression):
+    """Returns what a TIR expression rounds as rounded_to_tf32() does, None where it is another one."""
+    from tvm import tirx
+    from tvm.sym import Analyzer
+    from tvm_ffi import structural_equal
+
+    if not isinstance(expression, tirx.Select) or dtype_of(expression) != "float32":
+        return None
+    # TVM's passes turn the condition around.
+    simplify, value = Analyzer().simplify, expression.false_value
+    return value if structural_equal(simplify(expression), simplify(rounded_to_tf32(value))) else None
+
+
 def is_load(expression):
     return type(expression).__name__ == "TensorLoad"
 
