@@ -386,22 +386,27 @@ inline void cp_async_bulk(uint32_t to, uint64_t from, int bytes, uint32_t mbarri
 struct TensorMap {  // what stands for a CUtensorMap; sizes of dimensions, the innermost first
   uint8_t* data;
   int element_bytes, rank, swizzle_bytes, unused;
-  int64_t sizes[5], strides[5];  // strides in bytes
-  int box[5];
+  int64_t strides[5];  // in bytes
+  int sizes[5], box[5];
+  uint8_t steps[5];  // of a box, from one element that is copied to the next
 };
 static_assert(sizeof(TensorMap) <= 128);
 
 inline void cp_async_tensor(uint32_t to, uint64_t map_address, std::vector<int> start, uint32_t mbarrier_address) {
   TensorMap map = *(const TensorMap*)map_address;
-  int elements = 1;
-  for (int d = 0; d < map.rank; d++) elements *= map.box[d];
+  int elements = 1, counts[5];
+  for (int d = 0; d < map.rank; d++) {
+    counts[d] = (map.box[d] + map.steps[d] - 1) / map.steps[d];
+    if (map.box[d] > 256) fail("a box of more than 256 elements along a dimension");
+    elements *= counts[d];
+  }
   if (to % 128) fail("a tensor's copy to an address that is no multiple of 128");
   bulk_copy(mbarrier_address, elements * map.element_bytes, [=] {
     for (int i = 0; i < elements; i++) {
       bool inside = true;
       int64_t offset = 0;
-      for (int d = 0, rest = i; d < map.rank; rest /= map.box[d++]) {
-        int64_t coordinate = start[d] + rest % map.box[d];
+      for (int d = 0, rest = i; d < map.rank; rest /= counts[d++]) {
+        int64_t coordinate = start[d] + rest % counts[d] * map.steps[d];
         inside = inside && coordinate >= 0 && coordinate < map.sizes[d];
         offset += coordinate * map.strides[d];
       }

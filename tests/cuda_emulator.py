@@ -102,6 +102,7 @@ class TensorMap:
     sizes: list
     strides_bytes: list  # of all dimensions but the innermost
     box: list
+    steps: list  # of the box, from one element that is copied to the next
     swizzle_bytes: int
 
     def encode(self, address):
@@ -109,8 +110,10 @@ class TensorMap:
         rank = len(self.sizes)
         pad = [0] * (5 - rank)
         strides = [self.element_bytes, *self.strides_bytes]
-        fields = (address, self.element_bytes, rank, self.swizzle_bytes, 0, *self.sizes, *pad, *strides, *pad)
-        return (ctypes.c_char * 128)(*struct.pack("<Qiiii10q5i", *fields, *self.box, *pad).ljust(128, b"\0"))
+        fields = (address, self.element_bytes, rank, self.swizzle_bytes, 0)
+        lists = (strides, self.sizes, self.box, self.steps)
+        packed = struct.pack("<Qiiii5q10i5B", *fields, *(value for each in lists for value in (*each, *pad)))
+        return (ctypes.c_char * 128)(*packed.ljust(128, b"\0"))
 
 
 def generate(module, target, pipeline=None):
@@ -193,6 +196,7 @@ def read_tensor_map(call, numbers):
         sizes=rest[:rank],
         strides_bytes=rest[rank : 2 * rank - 1],
         box=rest[2 * rank - 1 : 3 * rank - 1],
+        steps=rest[3 * rank - 1 : 4 * rank - 1],
         swizzle_bytes={0: 0, 1: 32, 2: 64, 3: 128}[int(call.attrs["swizzle"])],
     )
 

@@ -2,9 +2,9 @@
 
     python tests/run_templates.py fp16 [COUNT [DIRECTORY]]
 
-COUNT (default: 3) of each template for each task: a ResNet, a RegNet (grouped convolutions), a ConvNeXt (depthwise
-ones), a BERT and a Llama with grouped heads. Each is built, run and checked as the tuner does. With a DIRECTORY they
-are only built there, for run_built.py.
+COUNT (default: 3) of each template for each task: a ResNet, one whose windows TMA copies, a RegNet (grouped
+convolutions), a ConvNeXt (depthwise ones), a BERT and a Llama with grouped heads. Each is built, run and checked as the
+tuner does. With a DIRECTORY they are only built there, for run_built.py.
 """
 
 import json
@@ -35,6 +35,7 @@ CUDA, TIMEOUT_S = "cuda:0", 600
 TINY_LLAMA = {"num_key_value_heads": 2, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 96}
 CONFIGS = [
     ResNetConfig(**{name: value for name, value in TINY_RESNET.items() if name != "model_type"}),
+    ResNetConfig(embedding_size=64, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic"),
     RegNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], groups_width=16),
     ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2, image_size=64),
     BertConfig(**{name: value for name, value in TINY_BERT.items() if name != "model_type"}),

@@ -23,6 +23,7 @@ class OutputTile:
     # A function that emits emit(row, column, sums) for all sums of a thread, those together that are side by side.
     emit_sums: object
     side_by_side: int = 2
+    end_row: object = None  # the row behind the last one that the tile has, where that is not known from its number
 
     def store_from_registers(self):
         """Emits the epilogue of the sums that a thread has."""
@@ -98,7 +99,9 @@ class OutputTile:
         from tvm.tirx.script.builder import ir as build
 
         conditions = []
-        if self.task.rows.extent % self.rows:
+        if self.end_row is not None:
+            conditions.append(row < self.end_row)
+        elif self.task.rows.extent % self.rows:
             conditions.append(row < self.task.rows.extent)
         if self.task.columns.extent % self.columns:
             conditions.append(column < self.task.columns.extent)

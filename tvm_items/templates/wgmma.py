@@ -1,25 +1,28 @@
 """A template for products on Hopper's tensor cores: wgmma, whose operands come from shared memory.
 
 Warpgroups that multiply and threads that copy are different ones, and tell one another by mbarriers which stage of the
-shared memory is full and which is empty. One thread has TMA copy operands that are plain matrices; for others the
-threads of a warpgroup compute addresses for cp.async, as a convolution's window asks for. The structure is that of
+shared memory is full and which is empty. One thread has TMA copy operands that are plain matrices or a convolution's
+windows; for others the threads of a warpgroup compute addresses for cp.async. The structure is that of
 CUTLASS's warp-specialized kernels (https://github.com/NVIDIA/cutlass, sm90_mma_tma_gmma_ss_warpspecialized.hpp).
 """
 
 import dataclasses
 import functools
+import itertools
+import operator
 
 from tvm_items.target import WARP_THREADS
 from tvm_items.templates.expressions import linear_strides
 from tvm_items.templates.output_tile import OutputTile
 from tvm_items.templates.product_module import locate, make_sums, steps_of_part
+from tvm_items.templates.product_task import buffer_shape
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
 from tvm_items.templates.staged_kernel import StagedTemplate
 from tvm_items.templates.template import unrolled
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
+from tvm_items.templates.windows import LINE_BYTES, find_windows
 
 WARPGROUP_THREADS = 128
-LINE_BYTES = 128  # of the terms of a step: what TMA and wgmma swizzle
 INSTRUCTION_ROWS, INSTRUCTION_BYTES = 64, 32  # the latter of the terms of a row
 MAX_SUMS_OF_A_THREAD = 128
 CONSUMERS_BARRIER = 1  # the number of a barrier of the threads that multiply; 0 is that of the whole block
@@ -35,7 +38,7 @@ STAGES = (2, 3, 4, 5, 6, 8)
 GROUPS = (1, 4, 8, 16)  # as in mma.py
 PARTS = (1, 2, 3, 4, 6, 8)
 STAGED = (False, True)
-TMA = (True, False)  # of what is a matrix; else, and for the rest, cp.async
+TMA = (True, False)  # of matrices and windows; else, and for the rest, cp.async
 PARAMETERS = (ROWS, COLUMNS, CONSUMERS, STAGES, GROUPS, PARTS, STAGED, TMA)
 
 
@@ -78,12 +81,14 @@ class Kernel:
     def __init__(self, template, config):
         self.task, self.config, self.steps = template.task, config, template.steps(config)
         self.left, self.right = template.tiles(config)
+        self.box = template.find_box(config)
         self.by_tma = [config.tma and is_matrix for is_matrix in template.are_matrices]
+        self.by_tma[0] |= self.box is not None
         self.producer_threads = WARP_THREADS if all(self.by_tma) else WARPGROUP_THREADS
         self.element_bytes = self.left.element_bytes
         self.data_elements = template.data_bytes(config) // self.element_bytes
         self.stage_elements = self.left.elements + self.right.elements
-        self.row_tiles = -(-self.task.rows.extent // config.rows)
+        self.row_tiles = self.box.count if self.box else -(-self.task.rows.extent // config.rows)
         self.column_tiles = -(-self.task.columns.extent // config.columns)
 
     def emit(self, buffers, partial):
@@ -93,7 +98,7 @@ class Kernel:
 
         config, task, self.buffers = self.config, self.task, buffers
         self.maps = [
-            self.encode_map(tile, name) if by_tma else None
+            self.encode_map(tile, name, self.box if tile is self.left else None) if by_tma else None
             for tile, name, by_tma in zip((self.left, self.right), ("left_map", "right_map"), self.by_tma)
         ]
         with (
@@ -103,7 +108,11 @@ class Kernel:
             build.launch_thread("threadIdx.x", config.consumer_threads + self.producer_threads) as thread,
         ):
             row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
-            self.first_row = build.Bind(row_tile * config.rows)
+            if self.box:
+                self.image, self.line, *ends = (build.Bind(each) for each in self.box.locate(row_tile))
+                self.first_row, self.end_row = ends
+            else:
+                self.first_row, self.end_row = build.Bind(row_tile * config.rows), None
             self.first_column = build.Bind(column_tile * config.columns)
             self.first_step, count = steps_of_part(self.steps, config.parts, part)
             barrier_elements = 2 * config.stages * MBARRIER_BYTES // self.element_bytes
@@ -129,29 +138,40 @@ class Kernel:
 
     # ---- Copies
 
-    def encode_map(self, tile, name):
-        """Emits, on the host, the tensor map by which TMA copies a tile, and returns its variable."""
+    def encode_map(self, tile, name, box):
+        """Emits, on the host, the tensor map by which TMA copies a tile, and returns its variable.
+
+        box: of the windows that the tile has, None for a matrix.
+        """
         from tvm.script import tirx as T
         from tvm.tirx.script.builder import ir as build
 
         operand, line = tile.operand, LINE_BYTES // tile.element_bytes
-        strides = linear_strides(operand)
-        batch, outputs, terms = range(3)
-        inner, outer = (terms, outputs) if operand.along_terms else (outputs, terms)
-        dimensions = [inner, outer] + [batch] * (operand.axes[batch].extent > 1)
-        box = [line, tile.lines] + [1] * (len(dimensions) - 2)
+        if box is None:
+            all_strides = linear_strides(operand)
+            batch, outputs, terms = range(3)
+            inner, outer = (terms, outputs) if operand.along_terms else (outputs, terms)
+            dimensions = [inner, outer] + [batch] * (operand.axes[batch].extent > 1)
+            sizes, strides = (
+                [values[d] for d in dimensions] for values in ([a.extent for a in operand.axes], all_strides)
+            )
+            shape, steps = [line, tile.lines] + [1] * (len(dimensions) - 2), [1] * len(dimensions)
+        else:
+            sizes = buffer_shape(operand.load.source)[::-1]
+            strides = [1, *itertools.accumulate(sizes[:-1], operator.mul)]
+            shape, steps = [line, *box.shape], [1, box.windows.horizontal.stride, box.windows.vertical.stride, 1]
         tensor_map = T.Var(name, ty=T.handle("tensormap").ty)
         build.Bind(T.tvm_stack_alloca("tensormap", 1), var=tensor_map)
         build.evaluate(
             T.tensormap_encode_tiled(
                 tensor_map,
                 self.buffers[operand.load.source].data,
-                *(operand.axes[d].extent for d in dimensions),
-                *(strides[d] * tile.element_bytes for d in dimensions[1:]),
-                *box,
-                *[1] * len(dimensions),
+                *sizes,
+                *(stride * tile.element_bytes for stride in strides[1:]),
+                *shape,
+                *steps,
                 descriptor_dtype=tile.dtype,
-                rank=len(dimensions),
+                rank=len(sizes),
                 swizzle=3,  # of 128 bytes
                 l2_promotion=2,  # to 128 bytes
             )
@@ -173,19 +193,27 @@ class Kernel:
         from tvm.tirx.script.builder import ir as build
 
         barrier = self.barriers.full(step % self.config.stages)
-        copied = sum(tile.elements * tile.element_bytes for tile, *_, by_tma in self.places(step) if by_tma)
+        lines = [self.box.rows if self.box else self.left.lines, self.right.lines]
+        copied = sum(
+            count * tile.line * tile.element_bytes
+            for count, (tile, *_, by_tma) in zip(lines, self.places(step))
+            if by_tma
+        )
         build.evaluate(T.ptx["mbarrier.arrive.expect_tx.shared.b64"](barrier, T.uint32(copied)))
         for (tile, start, output, term, by_tma), tensor_map in zip(self.places(step), self.maps):
             if not by_tma:
                 continue
             operand, line = tile.operand, LINE_BYTES // tile.element_bytes
             batch = [self.batch] if operand.axes[0].extent > 1 else []
-            kind = f"{2 + len(batch)}d.shared::cluster.global.mbarrier::complete_tx::bytes"
             for panel in range(tile.line // line):
-                place = [term, output] if operand.along_terms else [output + panel * line, term]
+                if self.box and tile is self.left:
+                    place = self.box.corner(self.image, self.line, term)
+                else:
+                    place = [term, output, *batch] if operand.along_terms else [output + panel * line, term, *batch]
                 address = T.address_of(self.shared[start + panel * tile.lines * line])
+                kind = f"{len(place)}d.shared::cluster.global.mbarrier::complete_tx::bytes"
                 copy = T.ptx[f"cp.async.bulk.tensor.{kind}"]
-                build.evaluate(copy(address, T.address_of(tensor_map), *place, *batch, barrier))
+                build.evaluate(copy(address, T.address_of(tensor_map), *place, barrier))
 
     def emit_producer(self, thread, count):
         """Emits what the threads of a producing warpgroup do for `count` steps; thread: the number of one of them.
@@ -262,6 +290,7 @@ class Kernel:
             self.first_row,
             self.first_column,
             self.emit_pairs,
+            end_row=self.end_row,
         )
         if partial is not None:
             tile.store_parts(partial, part)
@@ -345,12 +374,21 @@ class WgmmaTemplate(StagedTemplate):
     def is_possible(self, config):
         if config.rows % (INSTRUCTION_ROWS * config.consumers) or config.sums > MAX_SUMS_OF_A_THREAD:
             return False
-        return not config.tma or any(self.are_matrices)
+        return not config.tma or any(self.are_matrices) or self.find_box(config) is not None
 
     @functools.cached_property
     def are_matrices(self):
         """Whether TMA can copy the left and the right operand."""
         return is_matrix(self.task.left), is_matrix(self.task.right)
+
+    @functools.cached_property
+    def windows(self):
+        """The Windows of the left operand, None where it is a matrix or TMA cannot copy it."""
+        return None if self.are_matrices[0] else find_windows(self.task.left)
+
+    def find_box(self, config):
+        """Returns the Box of windows that TMA copies for a tile, None where it does not."""
+        return self.windows.box(config.rows) if config.tma and self.windows else None
 
     def data_bytes(self, config):
         """Returns the bytes of shared memory for the stages, or what takes their place."""
