@@ -267,6 +267,12 @@ def run_in_forks(name, case, reference, timeout_s, verbose):
         return {"status": "failed", "error": str(error) if isinstance(error, WorkerError) else one_line(error)}
 
 
+def tune_in_fork(case, options, timeout_s, verbose):
+    """Tunes a case with plan_tuning()'s options in a process of its own, which has what this one has imported."""
+    with Worker(isolated=True, verbose=verbose) as worker:
+        worker.call(tuning.tune_case, case, *options, timeout_s=timeout_s, on_stage=report)
+
+
 @torch.no_grad()
 def run_item(name, case, reference):
     """Returns the CSV columns that one test item gives, plus `timing_s`: wall seconds of warm-up and timed runs.
@@ -491,7 +497,7 @@ class Session:
 
     def __init__(self, args, bar, launchers):
         self.args, self.bar, self.launchers = args, bar, launchers
-        self.references = References(functools.partial(self.call_isolated, "reference"))
+        self.references = References(self.call_isolated)
 
     def run_case(self, case, columns, start):
         """Runs the items of one case and prints its rows and the verdict; returns 0, 1 for a row that is not ok, or 2.
@@ -534,8 +540,9 @@ class Session:
             if isinstance(reference, WorkerError):
                 raise reference
             if name == "tvm_tune" and tune_options:
-                start, (_, limit_s) = time.monotonic(), tune_options
-                self.call_isolated(name, tuning.tune_case, case, *tune_options, extra_s=limit_s)
+                start, timeout_s = time.monotonic(), self.args.timeout + tune_options[1]
+                arguments = (tune_in_fork, case, tune_options, timeout_s, self.args.verbose)
+                self.launchers.call(TEST_ITEMS[name].import_compiler, *arguments, on_stage=self.show(name))
                 search_s = time.monotonic() - start
             arguments = (run_in_forks, name, case, reference, self.args.timeout, self.args.verbose)
             item_columns = self.launchers.call(TEST_ITEMS[name].import_compiler, *arguments, on_stage=self.show(name))
@@ -559,14 +566,10 @@ class Session:
             arguments = (import_compiler, name, self.args.precision)
             self.launchers.start(TEST_ITEMS[name].import_compiler, *arguments, timeout_s=self.args.timeout)
 
-    def call_isolated(self, who, function, *function_args, extra_s=0.0):
-        """Returns function(*function_args), done in a process of its own while the bar shows what `who` is doing.
-
-        extra_s: that it may take beyond --timeout. Raises what Worker.wait() raises.
-        """
+    def call_isolated(self, function, *args):
+        """Returns function(*args), of the reference, done in a process of its own; raises what Worker.wait() raises."""
         with Worker(isolated=True, verbose=self.args.verbose) as worker:
-            timeout_s = self.args.timeout + extra_s
-            return worker.call(function, *function_args, timeout_s=timeout_s, on_stage=self.show(who))
+            return worker.call(function, *args, timeout_s=self.args.timeout, on_stage=self.show("reference"))
 
     def show(self, who):
         """Returns a function that shows on the bar which stage `who` is in."""
