@@ -65,6 +65,19 @@ def test_weights_and_what_only_products_read_are_rounded_once(tvm):
     torch.testing.assert_close(tied, torch.nn.functional.linear(y.mean((2, 3)), weight))
 
 
+@pytest.mark.parametrize("size, stride, padding", [(7, 2, 3), (4, 4, 0)])  # with a fourth channel; a patch's lines
+@torch.no_grad()
+def test_images_are_rounded_where_they_become_channels_last(tvm, size, stride, padding):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, size, stride, padding), torch.nn.ReLU()).eval()
+    exported = export_for_tvm(model, {"input": torch.randn(1, 3, 32, 32)})
+    module, _ = tuned_module(exported, load_target(H200), allow_tf32=True)
+    rounded = {
+        name.name_hint: list(f.attrs.get(ROUNDED, ())) for name, f in module.functions_items() if "conv" in str(name)
+    }
+    assert list(map(list, rounded.values())) == [[0, 1]]
+    assert any("round_operand" in name.name_hint and "transpose" in name.name_hint for name in module.functions)
+
+
 @pytest.mark.parametrize("target, rounds", [(H200, True), (TURING, False)])
 def test_only_where_there_are_tensor_cores_for_it(tvm, target, rounds):
     exported = export_for_tvm(torch.nn.Linear(64, 64).eval(), {"input": torch.randn(32, 64)})

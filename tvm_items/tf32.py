@@ -15,7 +15,9 @@ from tvm_items.templates.gemv import MAX_ROWS
 from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
 
 PRODUCTS = frozenset(f"relax.{name}" for name in "matmul nn.conv1d nn.conv2d nn.conv3d".split())
-BEGINNINGS = PRODUCTS | {"relax.nn.layer_norm", "relax.nn.rms_norm"}  # what is elementwise behind one fuses with it
+COPIES = {"relax.permute_dims", "relax.nn.pad"}  # of images, into the layout of a product: a kernel of their own
+# What is elementwise behind one of these fuses with it.
+BEGINNINGS = PRODUCTS | COPIES | {"relax.nn.layer_norm", "relax.nn.rms_norm"}
 ELEMENTWISE = frozenset(
     f"relax.{name}"
     for name in "add subtract multiply divide maximum minimum tanh sigmoid clip".split()
@@ -28,8 +30,8 @@ ROUNDING = "round_operand"
 def round_operands():
     """Returns a pass over Relax modules that rounds weights of products, and what nothing but products reads.
 
-    The latter only behind a product or a norm, with elementwise operators between, so that the rounding fuses with
-    that. Weights then lie along the terms, as tensor cores read them in TF32: (columns, terms), of convolutions OHWI.
+    The latter only behind a product, a norm or a copy, with elementwise operators between, so that the rounding fuses
+    with that. Weights lie along the terms, as tensor cores read them in TF32: (columns, terms), of convolutions OHWI.
     """
     import tvm
     from tvm import relax
@@ -218,9 +220,18 @@ def rounded_results(function, rounding, rounded):
 
 
 def makes_rounded(function):
-    """Returns whether the last thing that a function does, one of TIR, is to round what its last parameter gets."""
+    """Returns whether the last thing that a function does, one of TIR, is to round what its last parameter gets.
+
+    Or the last but one, before it copies that into another shape.
+    """
     blocks = blocks_of(function)
-    if not blocks or not blocks[-1].name_hint.startswith(ROUNDING):
-        return False
-    (written,) = blocks[-1].writes
-    return written.source.same_as(list(function.params)[-1])
+    written = list(function.params)[-1]
+    for block in reversed(blocks):
+        if not block.writes[0].source.same_as(written):
+            return False
+        if block.name_hint.startswith(ROUNDING):
+            return True
+        if not block.name_hint.startswith("T_reshape"):
+            return False
+        written = block.reads[0].source
+    return False
