@@ -4,6 +4,8 @@
 // "Late" and "early" are the two ends of what asynchronous instructions may do: they take effect when they are waited
 // for, or at once. In a late run the threads also take their turns in reverse order. A kernel that is right in both
 // has waited for all that it reads and has overwritten nothing that was still to be read.
+//
+// The blocks of a cluster run at once, in turns; clusters, and blocks without one, run one after another.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -68,19 +71,26 @@ struct Mbarrier {
   int expected = 0, pending = 0, bytes = 0, phase = 0;
 };
 
-inline std::vector<Fiber> fibers;
+struct Block {
+  Index index;
+  std::vector<Fiber> fibers;
+  Gate gate, named_gates[16], warp_gates[64];
+  uint32_t exchange[64][WARP][8];
+  Warpgroup warpgroups[16];
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::deque<std::function<void()>> bulk_copies;  // on their way, in a late run
+  alignas(1024) uint8_t shared[SHARED_BYTES];
+};
+
+inline std::vector<std::unique_ptr<Block>> cluster;
+inline Block* block;  // of the thread that runs
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline Index block_index, block_size, grid_size;
+inline Index block_size, grid_size;
 inline bool is_late;
 inline long events;  // whether anything has happened since the scheduler looked last
 inline std::string error;
-inline Gate block_gate, named_gates[16], warp_gates[64];
-inline uint32_t exchange[64][WARP][8];
-inline Warpgroup warpgroups[16];
-inline std::map<uint32_t, Mbarrier> mbarriers;
-inline std::deque<std::function<void()>> bulk_copies;  // on their way, in a late run
-alignas(1024) inline uint8_t shared[SHARED_BYTES];
+inline Gate cluster_gate;
 
 inline void give_way() { swapcontext(&current->context, &scheduler); }
 
@@ -109,17 +119,17 @@ inline void meet(Gate& gate, int size) {
 inline int warp() { return current->number / WARP; }
 inline int lane() { return current->number % WARP; }
 inline int block_threads() { return block_size.x * block_size.y * block_size.z; }
-inline void meet_warp() { meet(warp_gates[warp()], WARP); }
-inline void meet_block() { meet(block_gate, block_threads()); }
-inline void meet_named(int name, int size) { meet(named_gates[name], size); }
+inline void meet_warp() { meet(block->warp_gates[warp()], WARP); }
+inline void meet_block() { meet(block->gate, block_threads()); }
+inline void meet_named(int name, int size) { meet(block->named_gates[name], size); }
 
 inline void* at(uint64_t address, int bytes) {
   if (address % std::min(bytes, 16) || address + bytes > SHARED_BYTES)
     fail("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(address));
-  return shared + address;
+  return block->shared + address;
 }
 
-inline uint32_t shared_address(const void* pointer) { return (const uint8_t*)pointer - shared; }
+inline uint32_t shared_address(const void* pointer) { return (const uint8_t*)pointer - block->shared; }
 
 // ---- Numbers in registers
 
@@ -183,14 +193,14 @@ inline void cp_async_wait(size_t groups) {
 // ---- What a warp does together
 
 inline void ldmatrix(bool transposed, uint32_t address, std::vector<uint32_t*> registers) {
-  exchange[warp()][lane()][0] = address;
+  block->exchange[warp()][lane()][0] = address;
   meet_warp();
   for (size_t i = 0; i < registers.size(); i++) {
     uint16_t pair[2];
     for (int e = 0; e < 2; e++) {
       int row = lane() / 4, column = lane() % 4 * 2 + e;
       if (transposed) std::swap(row, column);
-      pair[e] = ((uint16_t*)at(exchange[warp()][i * 8 + row][0], 16))[column];
+      pair[e] = ((uint16_t*)at(block->exchange[warp()][i * 8 + row][0], 16))[column];
     }
     memcpy(registers[i], pair, 4);
   }
@@ -198,13 +208,13 @@ inline void ldmatrix(bool transposed, uint32_t address, std::vector<uint32_t*> r
 }
 
 inline void stmatrix(bool transposed, uint32_t address, std::vector<uint32_t> registers) {
-  exchange[warp()][lane()][0] = address;
+  block->exchange[warp()][lane()][0] = address;
   meet_warp();
   for (size_t i = 0; i < registers.size(); i++) {
     for (int e = 0; e < 2; e++) {
       int row = lane() / 4, column = lane() % 4 * 2 + e;
       if (transposed) std::swap(row, column);
-      ((uint16_t*)at(exchange[warp()][i * 8 + row][0], 16))[column] = registers[i] >> (16 * e);
+      ((uint16_t*)at(block->exchange[warp()][i * 8 + row][0], 16))[column] = registers[i] >> (16 * e);
     }
   }
   meet_warp();
@@ -213,7 +223,7 @@ inline void stmatrix(bool transposed, uint32_t address, std::vector<uint32_t> re
 // mma.sync m16n8kK (PTX ISA, "Warp-level matrix instructions"): per_register elements of A and B in a register.
 inline void mma(int type, int k_extent, std::vector<float*> d, std::vector<uint32_t> a, std::vector<uint32_t> b,
                 std::vector<float> c) {
-  auto& registers = exchange[warp()];
+  auto& registers = block->exchange[warp()];
   std::copy(a.begin(), a.end(), registers[lane()]);
   std::copy(b.begin(), b.end(), registers[lane()] + 4);
   meet_warp();
@@ -234,19 +244,19 @@ inline void mma(int type, int k_extent, std::vector<float*> d, std::vector<uint3
 template <class T>
 T shuffle(T value, int source) {
   static_assert(sizeof(T) <= 8);
-  memcpy(exchange[warp()][lane()], &value, sizeof(T));
+  memcpy(block->exchange[warp()][lane()], &value, sizeof(T));
   meet_warp();
   T result;
-  memcpy(&result, exchange[warp()][source], sizeof(T));
+  memcpy(&result, block->exchange[warp()][source], sizeof(T));
   meet_warp();
   return result;
 }
 
 inline uint32_t ballot(bool predicate) {
-  exchange[warp()][lane()][0] = predicate;
+  block->exchange[warp()][lane()][0] = predicate;
   meet_warp();
   uint32_t result = 0;
-  for (int i = 0; i < WARP; i++) result |= exchange[warp()][i][0] << i;
+  for (int i = 0; i < WARP; i++) result |= block->exchange[warp()][i][0] << i;
   meet_warp();
   return result;
 }
@@ -299,7 +309,7 @@ inline void multiply(Product& p) {
   }
 }
 
-inline Warpgroup& warpgroup() { return warpgroups[current->number / WARPGROUP]; }
+inline Warpgroup& warpgroup() { return block->warpgroups[current->number / WARPGROUP]; }
 
 inline void wgmma(int type, int k, std::vector<float*> sums, std::vector<uint32_t> a_registers, uint64_t a, uint64_t b,
                   int accumulate, int a_sign, int b_sign, int a_transposed, int b_transposed) {
@@ -336,13 +346,13 @@ inline void wgmma_wait(size_t groups) {
 // ---- mbarriers, and copies in bulk that report to them
 
 inline Mbarrier& mbarrier(uint32_t address) {
-  if (!mbarriers.count(address)) fail("an mbarrier that was not initialised");
-  return mbarriers[address];
+  if (!block->mbarriers.count(address)) fail("an mbarrier that was not initialised");
+  return block->mbarriers[address];
 }
 
 inline void mbarrier_init(uint32_t address, int count) {
   at(address, 8);
-  mbarriers[address] = {count, count, 0, 0};
+  block->mbarriers[address] = {count, count, 0, 0};
 }
 
 inline void settle(Mbarrier& barrier) {
@@ -372,7 +382,7 @@ inline void bulk_copy(uint32_t mbarrier_address, int bytes, std::function<void()
     settle(mbarrier(mbarrier_address));
   };
   if (is_late)
-    bulk_copies.push_back(whole);
+    block->bulk_copies.push_back(whole);
   else
     whole();
 }
@@ -421,6 +431,43 @@ inline void cp_async_tensor(uint32_t to, uint64_t map_address, std::vector<int> 
   });
 }
 
+// ---- Clusters
+
+inline int alive_in_cluster() {
+  int alive = 0;
+  for (auto& each : cluster)
+    for (Fiber& fiber : each->fibers) alive += !fiber.done;
+  return alive;
+}
+
+inline void meet_cluster() {  // those that have ended need not come
+  int generation = cluster_gate.generation;
+  events++, cluster_gate.arrived++;
+  while (cluster_gate.generation == generation) {
+    if (cluster_gate.arrived == alive_in_cluster())
+      events++, cluster_gate.arrived = 0, cluster_gate.generation++;
+    else
+      give_way();
+  }
+}
+
+inline Index index_in_cluster() { return {0, 0, block->index.z % (int)cluster.size()}; }
+
+constexpr int RANK_SHIFT = 24;  // of a block's number in an address that others of its cluster use
+
+inline uint32_t map_to_block(uint32_t address, int rank) { return address | (uint32_t)rank << RANK_SHIFT; }
+
+inline void* at_any_block(uint32_t address, int bytes) {
+  if (address >> RANK_SHIFT >= cluster.size()) fail("a block that the cluster does not have");
+  Block* here = block;
+  block = cluster[address >> RANK_SHIFT].get();
+  if (std::all_of(block->fibers.begin(), block->fibers.end(), [](Fiber& fiber) { return fiber.done; }))
+    fail("shared memory of a block that has ended");
+  void* place = at(address & ((1u << RANK_SHIFT) - 1), bytes);
+  block = here;
+  return place;
+}
+
 // ---- A launch
 
 template <class P>
@@ -437,7 +484,7 @@ inline std::function<void()> call;
 
 inline void enter() {
   call();
-  fibers[current->number].done = true;
+  block->fibers[current->number].done = true;
   events++;
   for (;;) give_way();
 }
@@ -447,17 +494,17 @@ void bind_arguments(void (*kernel)(P...), void** arguments, std::index_sequence<
   call = [=] { kernel(argument<P>(arguments[I])...); };
 }
 
-inline void run_block() {
-  int threads = block_threads();
-  memset(shared, 0xff, SHARED_BYTES);
-  mbarriers.clear();
-  block_gate = Gate();
-  std::fill(std::begin(named_gates), std::end(named_gates), Gate());
-  std::fill(std::begin(warp_gates), std::end(warp_gates), Gate());
-  for (Warpgroup& group : warpgroups) group = Warpgroup();
-  fibers.resize(threads);
-  for (int i = 0; i < threads; i++) {
-    Fiber& fiber = fibers[i];
+inline void begin_block(Block& begun, Index index) {
+  begun.index = index;
+  memset(begun.shared, 0xff, SHARED_BYTES);
+  begun.mbarriers.clear();
+  begun.gate = Gate();
+  std::fill(std::begin(begun.named_gates), std::end(begun.named_gates), Gate());
+  std::fill(std::begin(begun.warp_gates), std::end(begun.warp_gates), Gate());
+  for (Warpgroup& group : begun.warpgroups) group = Warpgroup();
+  begun.fibers.resize(block_threads());
+  for (int i = 0; i < block_threads(); i++) {
+    Fiber& fiber = begun.fibers[i];
     fiber.stack.resize(STACK_BYTES);
     fiber.thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
     fiber.number = i, fiber.done = false;
@@ -467,40 +514,62 @@ inline void run_block() {
     fiber.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&fiber.context, enter, 0);
   }
+}
+
+inline bool give_turns() {  // to each thread of the block; whether one is not done yet
+  bool alive = false;
+  int threads = block_threads();
+  for (int i = 0; i < threads && error.empty(); i++) {
+    current = &block->fibers[is_late ? threads - 1 - i : i];
+    if (current->done) continue;
+    alive = true;
+    swapcontext(&scheduler, &current->context);
+  }
+  return alive;
+}
+
+inline bool end_a_copy() {  // in the first block that has one on its way; whether there was one
+  for (auto& each : cluster)
+    if (!each->bulk_copies.empty()) {
+      block = each.get();
+      auto copy_one = block->bulk_copies.front();
+      block->bulk_copies.pop_front();
+      copy_one();
+      return true;
+    }
+  return false;
+}
+
+inline void run_cluster() {
   for (bool alive = true; alive && error.empty();) {
     long before = events;
     alive = false;
-    for (int i = 0; i < threads && error.empty(); i++) {
-      current = &fibers[is_late ? threads - 1 - i : i];
-      if (current->done) continue;
-      alive = true;
-      swapcontext(&scheduler, &current->context);
+    for (auto& each : cluster) {
+      block = each.get();
+      alive |= give_turns();
     }
-    if (alive && events == before && error.empty()) {
-      if (bulk_copies.empty()) {
-        error = "the threads wait for one another for ever";
-      } else {
-        auto copy_one = bulk_copies.front();
-        bulk_copies.pop_front();
-        copy_one();
-      }
-    }
+    if (alive && events == before && error.empty() && !end_a_copy()) error = "the threads wait for one another for ever";
   }
-  if (!bulk_copies.empty() && error.empty()) error = "a block ended before its copies";
-  bulk_copies.clear();
+  for (auto& each : cluster) {
+    if (!each->bulk_copies.empty() && error.empty()) error = "a block ended before its copies";
+    each->bulk_copies.clear();
+  }
 }
 
-// Returns what went wrong, "" where nothing did.
+// Returns what went wrong, "" where nothing did. depth: of a cluster, which is as wide and as high as a block.
 template <class... P>
-const char* launch(void (*kernel)(P...), void** arguments, const int* grid, const int* block, bool late) {
+const char* launch(void (*kernel)(P...), void** arguments, const int* grid, const int* block, int depth, bool late) {
   bind_arguments(kernel, arguments, std::index_sequence_for<P...>());
   grid_size = {grid[0], grid[1], grid[2]}, block_size = {block[0], block[1], block[2]}, is_late = late;
   error.clear();
-  for (int z = 0; z < grid[2]; z++)
+  while ((int)cluster.size() < depth) cluster.push_back(std::make_unique<Block>());
+  cluster.resize(depth);
+  for (int z = 0; z < grid[2]; z += depth)
     for (int y = 0; y < grid[1]; y++)
       for (int x = 0; x < grid[0] && error.empty(); x++) {
-        block_index = {x, y, z};
-        run_block();
+        cluster_gate = Gate();
+        for (int i = 0; i < depth; i++) begin_block(*cluster[i], {x, y, z + i});
+        run_cluster();
       }
   return error.c_str();
 }
@@ -510,10 +579,11 @@ const char* launch(void (*kernel)(P...), void** arguments, const int* grid, cons
 // ---- CUDA's names
 
 #define threadIdx (emulator::current->thread)
-#define blockIdx (emulator::block_index)
+#define blockIdx (emulator::block->index)
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
-#define __shared__ static  // the blocks run one after another
+#define cluster_ctaid (emulator::index_in_cluster())
+#define __shared__ static  // there are no clusters with it, and blocks run one after another
 #define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #define __grid_constant__

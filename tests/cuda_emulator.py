@@ -56,6 +56,7 @@ def run(source, launches, buffers, arguments):
                 (ctypes.c_void_p * len(pointers))(*pointers),
                 (ctypes.c_int * 3)(*launch.grid),
                 (ctypes.c_int * 3)(*launch.block),
+                launch.cluster_depth,
                 is_late,
             )
             if message:
@@ -91,6 +92,7 @@ class Launch:
     arguments: list
     grid: list
     block: list
+    cluster_depth: int = 1  # blocks along z that run at once
 
 
 @dataclasses.dataclass
@@ -182,6 +184,7 @@ def read_launch(call, numbers):
         ],
         grid=[sizes.get(f"blockIdx.{axis}", 1) for axis in "xyz"],
         block=[sizes.get(f"threadIdx.{axis}", 1) for axis in "xyz"],
+        cluster_depth=sizes.get("clusterCtaIdx.z", 1),
     )
 
 
@@ -208,13 +211,14 @@ def read_tensor_map(call, numbers):
 def compile_source(source, kernels):
     """Returns the ctypes library of generated CUDA C++, with launch_NAME for each of the kernels."""
     launchers = "".join(
-        f'extern "C" const char* launch_{name}(void** arguments, const int* grid, const int* block, int late)\n'
-        f"{{ return emulator::launch({name}, arguments, grid, block, late); }}\n"
+        f'extern "C" const char* launch_{name}'
+        "(void** arguments, const int* grid, const int* block, int depth, int late)\n"
+        f"{{ return emulator::launch({name}, arguments, grid, block, depth, late); }}\n"
         for name in kernels
     )
     headers = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n#include <cuda.h>\n"
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];"
-    translated = re.sub(dynamic, r"\1* \2 = (\1*)emulator::shared;", source)
+    translated = re.sub(dynamic, r"\1* \2 = (\1*)emulator::block->shared;", source)
     translated = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", translated)  # the order that g++ wants
     text = f'{headers}#include "{HEADER}"\n{translate_assembly(translated)}\n{launchers}'
     directory = Path(tempfile.mkdtemp(prefix="cuda_emulator_"))

@@ -8,7 +8,7 @@ TYPES = {"f16": "F16", "bf16": "BF16", "tf32": "TF32"}
 def translate_assembly(source):
     """Returns the source with every asm statement replaced by a block of C++."""
     parts, end = [], 0
-    for match in re.finditer(r"\b(?:asm|__asm__)\s+(?:volatile|__volatile__)\s*\(", source):
+    for match in re.finditer(r"\b(?:asm|__asm__)\s*(?:volatile|__volatile__)?\s*\(", source):
         if match.start() < end:
             continue
         stop = find_closing(source, match.end())
@@ -168,7 +168,8 @@ def translate_setp(match, to, left, right):
 def translate_load(match, registers, address):
     registers = registers if isinstance(registers, list) else [registers]
     bytes_each = int(match[3]) // 8
-    source = f"emulator::at({address}, {bytes_each * len(registers)})" if match[1] == "shared" else f"(void*){address}"
+    at = {"shared": "emulator::at", "shared::cluster": "emulator::at_any_block"}.get(match[1])
+    source = f"{at}({address}, {bytes_each * len(registers)})" if at else f"(void*){address}"
     copies = " ".join(f"memcpy(&{r}, (char*)from + {i * bytes_each}, {bytes_each});" for i, r in enumerate(registers))
     return f"{{ void* from = {source}; {copies} }}"
 
@@ -226,11 +227,14 @@ INSTRUCTIONS = {
     r"(?:bar|barrier)\.(?:cta\.)?sync(?:\.aligned)?": lambda _, name, *size: (
         f"emulator::meet_named({name}, {size[0] if size else 'emulator::block_threads()'})"
     ),
+    r"barrier\.cluster\.arrive(?:\.release)?\.aligned": lambda _: "",  # each wait comes at once
+    r"barrier\.cluster\.wait(?:\.acquire)?\.aligned": lambda _: "emulator::meet_cluster()",
+    r"mapa\.shared::cluster\.u32": lambda _, to, address, rank: f"{to} = emulator::map_to_block({address}, {rank})",
     r"setp\.(ne|eq|lt|le|gt|ge)\.([bus]\d+)": translate_setp,
     r"selp\.\w+": lambda _, to, yes, no, predicate: f"{to} = {predicate} ? {yes} : {no}",
     r"mov\.\w+": lambda _, to, source: f"{to} = {source}",
     r"bra(?:\.uni)?": lambda _, label: f"goto {label}",
-    r"ld\.(shared|global)(?:::cta)?((?:\.v\d)?(?:\.[a-z]\w*)*?(?:\.v\d)?)\.[bufs](\d+)": translate_load,
+    r"ld\.(shared::cluster|shared|global)(?:::cta)?((?:\.v\d)?(?:\.[a-z]\w*)*?(?:\.v\d)?)\.[bufs](\d+)": translate_load,
     r"st\.(shared|global)(?:::cta)?((?:\.v\d)?(?:\.[a-z]\w*)*?(?:\.v\d)?)\.[bufs](\d+)": translate_store,
     r"cvt\.rn\.(f16|bf16)x2\.f32": lambda match, to, high, low: (
         f"{to} = emulator::bits<uint32_t>({PACKING[match[1]]}({low}, {high}))"

@@ -58,6 +58,7 @@ def check(task, **options):
         pytest.param((1, 70, 72, 264), False, {"parts": 3, "columns": 64}, marks=pytest.mark.slow),
         pytest.param((1, 70, 72, 264), True, {"parts": 3, "columns": 64, "chunks": 2}, marks=pytest.mark.slow),
         ((1, 37, 40, 64), False, {"staged": True, "columns": 64}),
+        pytest.param((1, 37, 33, 264), False, {"parts": 3, "staged": True}, marks=pytest.mark.slow),
     ],
 )
 def test_products(tvm, shape, transposed, options):

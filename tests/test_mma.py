@@ -60,6 +60,8 @@ def check(tvm, task, tolerance=None, **options):
         ((2, 37, 33, 37), "float16", True, False, {"rows": 16, "warps_along_rows": 1, "columns": 32}),
         # Sums in three parts of a different number of steps.
         ((1, 70, 72, 264), "bfloat16", False, True, {"parts": 3, "columns": 64, "warps_along_columns": 2}),
+        # The same, added up by a cluster of blocks in their shared memory.
+        ((1, 70, 72, 264), "float16", False, True, {"parts": 3, "columns": 64, "staged": True}),
     ],
 )
 def test_products(tvm, shape, dtype, transposed, epilogue, options):
@@ -151,6 +153,7 @@ def test_what_fits_and_what_does_not(tvm):
     small = tvm.target.Target(json.loads(H200) | {"arch": "sm_86"})
     (template, *_) = find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], small)
     assert not template.fits(decide(**big, stages=4)) and template.fits(decide(**big, stages=2))
+    assert not template.fits(decide(parts=2, staged=True))  # which has no clusters
     old = tvm.target.Target(json.loads(H200) | {"arch": "sm_75"})
     assert find_templates(make_batched_product((1, 3152, 3072, 768), "float16")[0], old) == []
     (template,) = find_templates(make_batched_product((1, 3152, 3072, 768), "float32")[0], target)
@@ -161,7 +164,7 @@ def test_kernels_compile_for_hopper(tvm):
     target = tvm.target.Target(json.loads(H200))
     (template, *_) = find_templates(make_batched_product((1, 197, 768, 3072), "bfloat16")[0], target)
     big = {"rows": 128, "columns": 128, "chunks": 8, "warps_along_rows": 2, "warps_along_columns": 2}
-    for options in ({"staged": True}, {"parts": 2}):
+    for options in ({"staged": True}, {"parts": 2}, {"parts": 2, "staged": True}):
         realized = template.realize(decide(**big, **options))
         source, *_ = generate(realized, target, tir_pipeline())
         with target:

@@ -66,6 +66,8 @@ def check(tvm, task, tolerance=None, **options):
         ),
         # Two instructions for the rows of a warpgroup; sums in two parts of a different number of steps.
         pytest.param((1, 120, 40, 328), "float16", False, {"rows": 128, "parts": 2}, marks=pytest.mark.slow),
+        # Parts that a cluster adds up.
+        pytest.param((2, 70, 72, 328), "float16", True, {"parts": 2, "staged": True}, marks=pytest.mark.slow),
     ],
 )
 def test_products(tvm, shape, dtype, transposed, options, tma):

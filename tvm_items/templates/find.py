@@ -14,14 +14,14 @@ from tvm_items.templates.wgmma import WgmmaTemplate, takes_operands
 
 FIRST_TEMPLATE = 100
 MIN_MMA_ROWS, MIN_WGMMA_ROWS = 2, 8  # with fewer, nearly all that tensor cores do is padding: 16 rows, or 64
-HOPPER = "90"  # no other compute capability has wgmma
+HOPPER = "90"  # no other compute capability has wgmma; clusters are used there only, too
 
 
 def find_templates(module, target):
     """Returns the list of templates for a task's IRModule before scheduling, on a tvm.target.Target."""
     if not is_ampere_or_later(target):
         return []
-    limit = max_shared_bytes(target)
+    limit, is_hopper = max_shared_bytes(target), compute_capability(target) == HOPPER
     attention = read_attention(module)
     if attention is not None:
         return attention_templates(attention, limit)
@@ -37,8 +37,8 @@ def find_templates(module, target):
     if task.rows.extent < MIN_MMA_ROWS:
         return templates
     if task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs:
-        return [*templates, FmaTemplate(task, limit)]
-    templates.append(MmaTemplate(task, limit))
-    if compute_capability(target) == HOPPER and task.rows.extent >= MIN_WGMMA_ROWS and takes_operands(task):
-        templates.append(WgmmaTemplate(task, limit))
+        return [*templates, FmaTemplate(task, limit, is_hopper)]
+    templates.append(MmaTemplate(task, limit, is_hopper))
+    if is_hopper and task.rows.extent >= MIN_WGMMA_ROWS and takes_operands(task):
+        templates.append(WgmmaTemplate(task, limit, is_hopper))
     return templates

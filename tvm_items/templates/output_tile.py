@@ -45,11 +45,13 @@ class OutputTile:
         width = 1 if task.columns.extent % self.side_by_side else self.side_by_side
         self.emit_sums(lambda *place_and_sums: self.emit_outputs(width, *place_and_sums, store))
 
-    def store_through_shared_memory(self, shared, thread, threads, synchronize):
+    def store_through_shared_memory(self, shared, thread, threads, synchronize, part=0, parts=1):
         """Emits the epilogue of as many columns at once as a thread can write as one.
 
         shared: the buffer of shared memory, in which nothing is needed any more once synchronize() has been emitted: a
-        barrier of those `threads`, an int, that take part. thread: the number of a thread, an expression.
+        barrier of those `threads`, an int, that take part. thread: the number of a thread, an expression. part, parts:
+        the number of a block of a cluster whose blocks have parts of the same sums. Each adds up some of them, always
+        in one order.
         """
         from tvm.tirx.script.builder import ir as build
 
@@ -62,24 +64,30 @@ class OutputTile:
                 build.buffer_store(staged, value, [row * line + column + e])
 
         self.emit_sums(stage)
-        synchronize()
+        (synchronize if parts == 1 else synchronize_cluster)()
         vectors = self.columns // width
-        with build.serial(-(-self.rows * vectors // threads), unroll=4) as i:
-            number = i * threads + thread
+        with build.serial(-(-self.rows * vectors // (threads * parts)), unroll=4) as i:
+            number = (i * parts + part) * threads + thread
             row, column = number // vectors, number % vectors * width
 
             def copy():
                 sums = build.alloc_buffer((width,), "float32", scope="local")
                 for first in range(0, width, 4):
-                    with build.vectorized(min(4, width)) as j:
-                        build.buffer_store(sums, staged[row * line + column + first + j], [first + j])
+                    place, count = row * line + column + first, min(4, width)
+                    if parts == 1:
+                        with build.vectorized(count) as j:
+                            build.buffer_store(sums, staged[place + j], [first + j])
+                    else:
+                        add_up_parts(staged, place, parts, [(sums, first + j) for j in range(count)])
                 self.emit_outputs(width, row, column, [sums[e] for e in range(width)], self.store)
 
-            if self.rows * vectors % threads:
+            if self.rows * vectors % (threads * parts):
                 with build.If(row < self.rows), build.Then():
                     copy()
             else:
                 copy()
+        if parts > 1:
+            synchronize_cluster()  # none ends while others read what it has staged
 
     def store(self, row, column, sums):
         store_outputs(self.task, self.buffers, self.batch, row, column, sums)
@@ -110,6 +118,33 @@ class OutputTile:
                 emit()
         else:
             emit()
+
+
+def add_up_parts(staged, place, parts, totals):
+    """Emits the sums of neighbouring elements that all blocks of a cluster have in their shared memory.
+
+    staged: the buffer there; place: of the first element, a multiple of their number. totals: (buffer, index) each.
+    """
+    from tvm.script import tirx as T
+    from tvm.tirx.script.builder import ir as build
+
+    loaded, address = (build.alloc_buffer(*a, scope="local") for a in (((len(totals),), "float32"), ((1,), "uint32")))
+    own = build.Bind(T.cuda.cvta_generic_to_shared(T.address_of(staged[place])))
+    load = T.ptx[f"ld.shared::cluster.{f'v{len(totals)}.' if len(totals) > 1 else ''}f32"]
+    for part in range(parts):
+        build.evaluate(T.ptx["mapa.shared::cluster.u32"](address[0], own, T.uint32(part)))
+        build.evaluate(load(*(loaded[j] for j in range(len(totals))), address[0]))
+        for j, (buffer, index) in enumerate(totals):
+            build.buffer_store(buffer, loaded[j] if part == 0 else buffer[index] + loaded[j], [index])
+
+
+def synchronize_cluster():
+    """Emits a barrier of all threads of a cluster that have not ended, after which they see what others have stored."""
+    from tvm.script import tirx as T
+    from tvm.tirx.script.builder import ir as build
+
+    build.evaluate(T.ptx["barrier.cluster.arrive.release.aligned"]())
+    build.evaluate(T.ptx["barrier.cluster.wait.acquire.aligned"]())
 
 
 def staging_bytes(rows, columns):

@@ -5,6 +5,7 @@ several steps ahead of the one that it computes. The structure of StagedKernel i
 (https://github.com/NVIDIA/cutlass, mma_multistage.h).
 """
 
+import contextlib
 import dataclasses
 
 from tvm_items.templates.output_tile import OutputTile, staging_bytes
@@ -13,6 +14,8 @@ from tvm_items.templates.product_task import ProductTask
 from tvm_items.templates.template import Template
 from tvm_items.templates.tiles import CHUNK_BYTES, Tile, copy_tile
 
+MAX_CLUSTER_BLOCKS = 8  # on any GPU that has clusters (CUDA C++ Programming Guide, "Thread Block Clusters")
+
 
 @dataclasses.dataclass
 class StagedTemplate(Template):
@@ -20,12 +23,14 @@ class StagedTemplate(Template):
 
     A kind of kernel has, beside its number and parameters, make_config(*values), one choice of all of them, which has
     rows and columns (of a block's tile, the first two parameters), chunks (of 16 bytes: a step's terms), stages, group
-    (locate()'s), parts (of each sum) and staged (whether sums go through shared memory); kernel(template, config),
-    which emits one; and is_possible(config), whether there is such a kernel, as far as the kind knows.
+    (locate()'s), parts (of each sum) and staged (whether sums go through shared memory: the parts of one then meet
+    there, else in global memory, for another launch to add them up); kernel(template, config), which emits one; and
+    is_possible(config), whether there is such a kernel, as far as the kind knows.
     """
 
     task: ProductTask
     max_shared_bytes: int  # of a block
+    has_clusters: bool  # whether blocks can read each other's shared memory, as Hopper's can
 
     def fits(self, decisions):
         config = self.make_config(*self.read(decisions))
@@ -37,7 +42,9 @@ class StagedTemplate(Template):
         if is_oversized(config.columns, self.task.columns.extent, columns):
             return False
         steps = self.steps(config)
-        if not parts_fit(self.task, steps, config.parts) or (config.staged and config.parts > 1):
+        if not parts_fit(self.task, steps, config.parts):
+            return False
+        if is_cluster(config) and not (self.has_clusters and config.parts <= MAX_CLUSTER_BLOCKS):
             return False
         if config.stages > max(2, steps // config.parts + 1):
             return False
@@ -62,7 +69,7 @@ class StagedTemplate(Template):
 
     def make(self, *values):
         config = self.make_config(*values)
-        return make_module(self.task, config.parts, self.kernel(self, config).emit)
+        return make_module(self.task, 1 if is_cluster(config) else config.parts, self.kernel(self, config).emit)
 
 
 class StagedKernel:
@@ -91,6 +98,7 @@ class StagedKernel:
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
+            launch_cluster(config),
             build.launch_thread("threadIdx.x", config.threads) as thread,
         ):
             self.batch, self.thread = batch, thread
@@ -116,7 +124,7 @@ class StagedKernel:
                 tile.store_parts(partial, part)
             elif config.staged:
                 build.evaluate(T.ptx["cp.async.wait_group"](0))
-                tile.store_through_shared_memory(self.shared, thread, config.threads, synchronize)
+                tile.store_through_shared_memory(self.shared, thread, config.threads, synchronize, part, config.parts)
             else:
                 tile.store_from_registers()
 
@@ -160,6 +168,20 @@ class StagedKernel:
             with build.If(condition), build.Then():
                 copy()
         build.evaluate(T.ptx["cp.async.commit_group"]())
+
+
+def is_cluster(config):
+    """Returns whether the blocks that have the parts of a sum are a cluster, which adds them up."""
+    return config.staged and config.parts > 1
+
+
+def launch_cluster(config):
+    """Returns a context in which those blocks are launched as a cluster, where they are one."""
+    from tvm.tirx.script.builder import ir as build
+
+    if not is_cluster(config):
+        return contextlib.nullcontext()
+    return build.launch_thread("clusterCtaIdx.z", config.parts)
 
 
 def synchronize():

@@ -17,7 +17,7 @@ from tvm_items.templates.output_tile import OutputTile
 from tvm_items.templates.product_module import locate, make_sums, steps_of_part
 from tvm_items.templates.product_task import buffer_shape
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
-from tvm_items.templates.staged_kernel import StagedTemplate
+from tvm_items.templates.staged_kernel import StagedTemplate, launch_cluster
 from tvm_items.templates.template import unrolled
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
 from tvm_items.templates.windows import LINE_BYTES, find_windows
@@ -105,6 +105,7 @@ class Kernel:
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as self.batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
+            launch_cluster(config),
             build.launch_thread("threadIdx.x", config.consumer_threads + self.producer_threads) as thread,
         ):
             row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
@@ -296,10 +297,11 @@ class Kernel:
             tile.store_parts(partial, part)
         elif config.staged:
             threads = config.consumer_threads
-            barrier = T.uint32(CONSUMERS_BARRIER), T.uint32(threads)
-            tile.store_through_shared_memory(
-                self.shared, thread, threads, lambda: build.evaluate(T.ptx["bar.sync"](*barrier))
-            )
+
+            def synchronize():
+                build.evaluate(T.ptx["bar.sync"](T.uint32(CONSUMERS_BARRIER), T.uint32(threads)))
+
+            tile.store_through_shared_memory(self.shared, thread, threads, synchronize, part, config.parts)
         else:
             tile.store_from_registers()
 
