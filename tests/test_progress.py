@@ -65,7 +65,9 @@ def test_what_its_kin_has_schedules_for_is_tried_before_anything_is_searched_for
     slow.is_adapted, slow.trials = True, [Trial(100, [1], 50e-6, None)]
     assert [state.is_untried for state in states] == [False, True, False]
     assert TuningLoop.most_promising(loop) is fast
-    fast.is_adapted = True
-    assert TuningLoop.most_promising(loop) is slow
+    fast.is_adapted, fast.pending = True, 8
+    assert fast.is_untried and TuningLoop.most_promising(loop) is slow  # a search may end before they are measured
+    fast.pending = 0
+    assert not fast.is_untried and TuningLoop.most_promising(loop) is slow
     slow.pending = 16
     assert TuningLoop.most_promising(loop) is alone

@@ -44,8 +44,9 @@ class Progress:
 
     @property
     def is_untried(self):
-        """Whether its kin has schedules for it that may do, and nothing but its default one was measured."""
-        return not (self.trials or self.is_adapted or self.is_exhausted)
+        """Whether its kin has schedules that may do for it, and none of them nor any other was measured."""
+        is_on_its_way = self.pending or not self.is_adapted
+        return bool(self.kin and is_on_its_way and not self.trials and not self.is_exhausted)
 
     def forget(self, candidate):
         """Drops the trials of a Candidate."""
