@@ -287,8 +287,13 @@ def read_rows(path):
         return {(row["model_type"], row["test"]): row for row in csv.DictReader(file)}
 
 
+def without_directories(text):
+    """Returns a text with the files in it by their last names, or from site-packages on: the rest is of one machine."""
+    return re.sub(r"/?(?:[\w.+-]+/)*site-packages/|(?<![\w./-])/(?:[\w.+-]+/)+", "", text)
+
+
 def append(path, row):
-    is_new = not path.exists()
+    row, is_new = row | {"error": without_directories(row.get("error", ""))}, not path.exists()
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         if is_new:

@@ -22,6 +22,14 @@ def test_a_small_instance_goes_through(tvm, test):
     assert columns["status"] == "ok" and columns["input_shape"] == "input_ids=1x32 attention_mask=1x32"
 
 
+def test_rows_name_no_directories_of_a_machine(tmp_path):
+    files = 'File "/a/b-1/lib/python3.11/site-packages/torch/x.py", line 57, /tmp/c_1/d.cpp, …b/site-packages/e.py; 1/2'
+    census.append(tmp_path / "rows.csv", {"model_type": "x", "test": "tvm", "error": files})
+    (row,) = census.read_rows(tmp_path / "rows.csv").values()
+    assert row["error"] == 'File "torch/x.py", line 57, d.cpp, …e.py; 1/2'
+    assert not re.search(r"(?<![\w.-])/\w+/", census.FAMILIES.read_text(encoding="utf-8"))
+
+
 def test_the_published_page_is_what_the_rows_give(tmp_path):
     page = tmp_path / "families.md"
     published = (census.DOCS / "families.md").read_text(encoding="utf-8")
