@@ -152,20 +152,26 @@ def flat_offset(indices, shape):
     return offset
 
 
+def linear_coefficients(expression, variables):
+    """Returns [coefficient of each variable, …, constant] of a TIR expression, as ints; None where it is not linear."""
+    from tvm.sym import detect_linear_equation
+
+    coefficients = detect_linear_equation(expression, variables)
+    if len(coefficients) != len(variables) + 1 or not all(hasattr(c, "value") for c in coefficients):
+        return None
+    return [int(coefficient.value) for coefficient in coefficients]
+
+
 def linear_strides(operand):
     """Returns the strides, in elements, of an operand along its axes: batch, rows or columns, terms.
 
     operand: a product_task.Operand. None where it has none, or begins behind the beginning of its buffer.
     """
-    from tvm.sym import detect_linear_equation
-
     variables = [variable for axis in operand.axes for variable in axis.variables]
-    offset = flat_offset(operand.load.indices, operand.load.source.shape)
-    coefficients = detect_linear_equation(offset, variables)
-    if len(coefficients) != len(variables) + 1 or not all(hasattr(c, "value") for c in coefficients):
+    offset = linear_coefficients(flat_offset(operand.load.indices, operand.load.source.shape), variables)
+    if offset is None:
         return None
-    *coefficients, base = (int(coefficient.value) for coefficient in coefficients)
-    strides, first = [], 0
+    (*coefficients, base), strides, first = offset, [], 0
     for axis in operand.axes:
         steps = [(stride, extent) for stride, extent in zip(coefficients[first:], axis.extents) if extent > 1]
         first += len(axis.extents)

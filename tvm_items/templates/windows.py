@@ -8,7 +8,7 @@ import itertools
 import math
 import typing
 
-from tvm_items.templates.expressions import dtype_of, replace_variable
+from tvm_items.templates.expressions import linear_coefficients, substitute, zero
 from tvm_items.templates.product_task import buffer_shape
 
 LINE_BYTES = 128  # of the terms of a step: what TMA and wgmma swizzle
@@ -125,8 +125,8 @@ def find_windows(operand):
         for d in (1, 2)
     ]
     windows = Windows(shape[0], *spatial, shape[3])
-    is_whole = (of_rows[0].extent, of_rows[0].stride, of_rows[3], first[0]) == (shape[0], 1, NO_LOOP, 0)
-    has_all_channels = (of_terms[3].extent, of_terms[3].stride, of_terms[0], first[3]) == (shape[3], 1, NO_LOOP, 0)
+    is_whole = (of_rows[0].extent, of_rows[0].stride, of_rows[3].extent, first[0]) == (shape[0], 1, 1, 0)
+    has_all_channels = (of_terms[3].extent, of_terms[3].stride, of_terms[0].extent, first[3]) == (shape[3], 1, 1, 0)
     if not is_whole or not has_all_channels or not all(s.stride <= MAX_STRIDE for s in spatial):
         return None
     if max(s.outputs * s.stride for s in spatial) > MAX_BOX:
@@ -140,28 +140,27 @@ def find_loops(operand):
 
     None where a dimension has two loops of one kind, or an outer dimension an inner loop.
     """
-    from tvm.sym import detect_linear_equation
-
     (batch, *axes), indices = operand.axes, operand.load.indices
     variables = [variable for axis in axes for variable in axis.variables]
-    equations = [detect_linear_equation(index, variables) for index in indices]
-    is_linear = all(len(e) == len(variables) + 1 and all(hasattr(c, "value") for c in e) for e in equations)
-    if batch.extent > 1 or not is_linear:
+    equations = [linear_coefficients(index, variables) for index in indices]
+    if batch.extent > 1 or None in equations:
         return None
-    kinds = []
+    *strides, first = zip(*equations)  # of each variable along the dimensions, and the first index along each
+    of_variables, kinds = iter(strides), []
     for axis in axes:
         loops = [NO_LOOP] * len(indices)
-        for variable, extent in zip(axis.variables, axis.extents):
-            number = next(i for i, each in enumerate(variables) if each.same_as(variable))
-            strides = {d: int(equation[number].value) for d, equation in enumerate(equations)}
-            moved = [d for d, stride in strides.items() if stride]
+        for variable, extent, of_dimensions in zip(axis.variables, axis.extents, of_variables):
             if extent == 1:
                 continue
-            if len(moved) != 1 or strides[moved[0]] < 1 or any(loop.variable is not None for loop in loops[moved[0] :]):
+            moved = [d for d, stride in enumerate(of_dimensions) if stride]
+            if len(moved) != 1 or of_dimensions[moved[0]] < 1:
                 return None
-            loops[moved[0]] = Loop(variable, extent, strides[moved[0]])
+            (dimension,) = moved
+            if any(loop.variable is not None for loop in loops[dimension:]):
+                return None
+            loops[dimension] = Loop(variable, extent, of_dimensions[dimension])
         kinds.append(loops)
-    return *kinds, [int(equation[-1].value) for equation in equations]
+    return *kinds, first
 
 
 def is_inside_the_image(operand, spatial, loops):
@@ -183,14 +182,11 @@ def is_inside_the_image(operand, spatial, loops):
     ]
     if operand.condition is None:
         return all(0 <= index < s.size for s, of_dimension in zip(spatial, places) for index in of_dimension)
-    variables = [variable for axis in operand.axes for variable in axis.variables]
+    zeros = {variable: zero() for axis in operand.axes for variable in axis.variables}
 
     def meets_condition(values):
-        condition = operand.condition
-        for variable in variables:
-            value = next((value for each, value in values if variable.same_as(each)), 0)
-            condition = replace_variable(condition, variable, tirx.const(value, dtype_of(variable)))
-        return bool(Analyzer().simplify(condition))
+        chosen = {variable: tirx.const(value, "int32") for variable, value in values if variable is not None}
+        return bool(Analyzer().simplify(substitute(operand.condition, zeros | chosen)))
 
     for this, other in ((0, 1), (1, 0)):
         inside = next((place for index, place in places[other].items() if 0 <= index < spatial[other].size), None)
