@@ -153,11 +153,8 @@ def in_form_before(moved, other):
     None where that would cost something. A node is inserted where `other` itself or what it reads will not do.
     """
     source, arguments = moved.args
-    if other.meta["val"].numel() == 1:
-        if other.meta["val"].ndim <= len(shape(source)):
-            return other
-        ones = [1] * len(shape(source))  # with more dimensions it would give the result as many
-        return insert_after(other, VIEW, ones, other.meta["val"].reshape(ones))
+    if other.meta["val"].numel() == 1 and other.meta["val"].ndim <= len(shape(source)):
+        return other
     if moved.target == VIEW and shape(other) == shape(source)[-1:] == shape(moved)[-1:]:  # one value for each feature
         return other
     if shape(other) != shape(moved):
