@@ -16,6 +16,11 @@ from harness.inputs import CHANGED_SEED, make_inputs
 from harness.reference import run_on_changed_inputs
 from harness.rows import find_statuses
 from harness.weights import load_on_device
+from tvm_items import tuning
+from tvm_items.importer import export_for_tvm
+from tvm_items.in_place import WRITE
+from tvm_items.relax_module import tuned_module
+from tvm_items.relax_rewrites import find_calls
 from tvm_items.tuning import make_tasks, tuned_name
 
 LLAMA = {
@@ -86,15 +91,19 @@ def test_bytes_that_a_step_moves():
 
 @torch.no_grad()
 @pytest.mark.usefixtures("tvm")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "gpt2"])
-def test_tvm_writes_the_cache_in_place(name):
+@pytest.mark.parametrize(
+    "item, name",
+    [("tvm_tuned", "llama")]
+    + [pytest.param(*slow, marks=pytest.mark.slow) for slow in (("tvm_default", "t5"), ("tvm_tuned", "gpt2"))],
+)
+def test_tvm_writes_the_cache_in_place(monkeypatch, item, name):
+    monkeypatch.setattr(tuning, "find_kernels", lambda case: ({}, 0))
     case = decode_case(name)
     step, inputs = load_on_device(case, torch.float32)
     of_tvm = clone(inputs)
     expected = [output_arrays(step(**inputs)) + cache_arrays(inputs)]
     expected.append(run_on_changed_inputs(lambda: output_arrays(step(**inputs)), inputs, case))
-    run = benchmark.tvm_default(step, of_tvm, case)
+    run = getattr(benchmark, item)(step, of_tvm, case)
     for outputs in expected:
         if outputs is expected[0]:
             found = output_arrays(run()) + cache_arrays(of_tvm)
@@ -113,6 +122,19 @@ def test_a_step_is_compiled_once():
     run()
     with recompiling_fails():
         assert len(list(run_chain(run, inputs, case))) == CHAIN_STEPS
+
+
+@torch.no_grad()
+def test_what_is_written_into_the_cache_is_computed_there(tvm):
+    """Turned keys and sliced values, of one layer: no other kernel makes them, and none only writes."""
+    config = AutoConfig.for_model(**{**LLAMA, "num_hidden_layers": 1})
+    case = make_case(config, phase="decode", context_len=CONTEXT)
+    model, inputs = load_on_device(case, torch.float32)
+    exported = export_for_tvm(model, inputs, whole_attention=True)
+    module, _ = tuned_module(exported, tvm.target.Target({"kind": "llvm", "num-cores": 2}))
+    writes = find_calls(module["main"], [WRITE]).values()
+    names = [write.args[0].name_hint for write in writes]
+    assert len(names) == 2 and all(name.endswith("_write_position") and "slice" in name for name in names)
 
 
 def test_tuned_cases_have_names_of_their_own(tvm):

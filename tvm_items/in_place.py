@@ -4,12 +4,17 @@ torch.export makes such a write a function with a new tensor, and says which inp
 kernel again that writes one position of the input and leaves the rest where it is.
 """
 
+import collections
+
 import torch
 
 from tvm_items.attention import constant_value
+from tvm_items.reductions import is_without_reduction
+from tvm_items.relax_rewrites import bindings_of, call_as_one, find_calls, with_values
 
 aten = torch.ops.aten
 INDEX_COPY = aten.index_copy.default
+WRITE = "relax.call_tir_inplace"
 OPAQUE = 8  # TVM's OpPatternKind of a function that FuseOps leaves alone
 
 
@@ -74,13 +79,13 @@ def define_write(shape, dtype):
     """Returns the TIR function (cache, position, new) that sets cache[:, :, position[0]] to new[:, :, 0]."""
     from tvm.script import tirx as T
 
-    batch, heads, context, size = shape
+    batch, heads, context, size = map(T.int64, shape)  # as Relax's are: FuseTIR wants the same
 
     @T.prim_func(s_tir=True)
     def write_position(
         cache: T.Buffer((batch, heads, context, size), dtype),
-        position: T.Buffer((1,), "int64"),
-        new: T.Buffer((batch, heads, 1, size), dtype),
+        position: T.Buffer((T.int64(1),), "int64"),
+        new: T.Buffer((batch, heads, T.int64(1), size), dtype),
     ):
         T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE})
         for i, j, k in T.grid(batch, heads, size):
@@ -91,6 +96,35 @@ def define_write(shape, dtype):
                 cache[b, h, position[0], d] = new[b, h, 0, d]
 
     return write_position
+
+
+def fuse_into_writes():
+    """Returns a pass over Relax modules: what is written into an input is computed by the kernel that writes it.
+
+    FuseOps leaves such a kernel alone. Only what has no reduction goes into it, and is not read elsewhere.
+    """
+    import tvm
+    from tvm import relax
+
+    @tvm.transform.module_pass(opt_level=0)
+    def fuse(module, _):
+        main = module["main"]
+        writes = find_calls(main, [WRITE])
+        if not writes:
+            return module
+        calls = find_calls(main) | writes
+        read = collections.Counter(var for b in bindings_of(main) for var in relax.analysis.free_vars(b.value))
+        builder = relax.BlockBuilder(module)
+        joined = {}
+        for var, write in writes.items():
+            _, _, new = write.args[1]
+            if new in calls and read[new] == 1 and is_without_reduction(module[calls[new].args[0]]):
+                joined[var] = call_as_one(builder, [new, var], calls)
+        builder.update_func(module.get_global_var("main"), with_values(main, joined))
+        passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
+        return tvm.transform.Sequential(passes)(builder.get())
+
+    return fuse
 
 
 def with_fixed_inputs(module):

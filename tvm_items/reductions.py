@@ -4,6 +4,7 @@ import collections
 import math
 
 from tvm_items.lowering import is_s_tir
+from tvm_items.relax_rewrites import bindings_of, call_as_one, find_calls, with_values
 from tvm_items.templates.expressions import is_load
 
 
@@ -33,19 +34,6 @@ def fuse_around_reductions():
         return tvm.transform.Sequential(passes)(builder.get())
 
     return fuse
-
-
-def bindings_of(function):
-    return [binding for block in function.body.blocks for binding in block.bindings]
-
-
-def find_calls(function):
-    """Returns {variable: call of a TIR function} for a Relax function, in its order."""
-    return {
-        binding.var: binding.value
-        for binding in bindings_of(function)
-        if getattr(getattr(binding.value, "op", None), "name", None) == "relax.call_tir"
-    }
 
 
 def find_group(module, main, calls, reduction):
@@ -108,35 +96,6 @@ def known_product(extents):
     return math.prod(known) if len(known) == len(extents) else 0
 
 
-def call_as_one(builder, group, calls):
-    """Adds a function of the calls in a group, of which FuseTIR makes one TIR function, and returns a call of it."""
-    from tvm import relax
-
-    outside = dict.fromkeys(argument for var in group for argument in calls[var].args[1] if argument not in group)
-    inside = {argument: relax.Var(f"argument_{i}", argument.ty) for i, argument in enumerate(outside)}
-    name = "fused_" + "_".join(calls[var].args[0].name_hint.removeprefix("fused_") for var in group)
-    with builder.function(name, list(inside.values()), attrs={"Primitive": True}, private=True):
-        with builder.dataflow():
-            for var in group:
-                arguments = [inside[argument] for argument in calls[var].args[1]]
-                call = relax.call_tir(calls[var].args[0], arguments, calls[var].ty_args[0])
-                inside[var] = builder.emit_output(call) if var == group[-1] else builder.emit(call)
-        function = builder.emit_func_output(inside[group[-1]])
-    return relax.Call(function, list(outside))
-
-
-def with_values(function, values):
-    """Returns a Relax function with other values for some of its variables: {variable: expression}."""
-    from tvm import relax
-
-    def replaced(binding):
-        return relax.VarBinding(binding.var, values[binding.var]) if binding.var in values else binding
-
-    blocks = [type(block)([replaced(binding) for binding in block.bindings]) for block in function.body.blocks]
-    body = relax.SeqExpr(blocks, function.body.body)
-    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
-
-
 # ---- What a TIR function does ---------------------------------------------------------------------------------------
 
 
@@ -157,6 +116,12 @@ def is_row_reduction(function):
     """Returns whether a TIR function reduces, and only along the last axis of one buffer in each of its blocks."""
     reductions = [block for block in blocks_of(function) if reduced_axes(block)]
     return bool(reductions) and all(map(reduces_a_row, reductions))
+
+
+def is_without_reduction(function):
+    """Returns whether each element of what an unscheduled TIR function gives is computed by itself."""
+    blocks = blocks_of(function)
+    return bool(blocks) and not any(map(reduced_axes, blocks))
 
 
 def reduced_axes(block):

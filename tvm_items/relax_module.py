@@ -2,6 +2,7 @@
 
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
+from tvm_items.in_place import fuse_into_writes
 from tvm_items.reductions import fuse_around_reductions
 from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, permute
 from tvm_items.target import is_ampere_or_later
@@ -42,6 +43,7 @@ def prepare(module, target, allow_tf32):
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
         fuse_around_reductions(),
+        fuse_into_writes(),
         relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune
     ]
     with target, tvm.transform.PassContext(opt_level=3):

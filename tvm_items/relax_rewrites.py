@@ -1,4 +1,4 @@
-"""What passes over Relax share: rewriting functions, permutations, and products by a transposed weight."""
+"""What passes over Relax share: rewriting functions, joining calls, permutations, products by a transposed weight."""
 
 
 def mutate_functions(mutator_class):
@@ -15,6 +15,49 @@ def mutate_functions(mutator_class):
         return relax.transform.DeadCodeElimination(["main"])(mutator.builder_.get())
 
     return mutate
+
+
+def bindings_of(function):
+    return [binding for block in function.body.blocks for binding in block.bindings]
+
+
+def find_calls(function, operators=("relax.call_tir",)):
+    """Returns {variable: call of a TIR function by one of the operators} for a Relax function, in its order."""
+    return {
+        binding.var: binding.value
+        for binding in bindings_of(function)
+        if getattr(getattr(binding.value, "op", None), "name", None) in operators
+    }
+
+
+def call_as_one(builder, group, calls):
+    """Adds a function of the calls in a group, of which FuseTIR makes one TIR function, and returns a call of it."""
+    from tvm import relax
+
+    outside = dict.fromkeys(argument for var in group for argument in calls[var].args[1] if argument not in group)
+    inside = {argument: relax.Var(f"argument_{i}", argument.ty) for i, argument in enumerate(outside)}
+    name = "fused_" + "_".join(calls[var].args[0].name_hint.removeprefix("fused_") for var in group)
+    with builder.function(name, list(inside.values()), attrs={"Primitive": True}, private=True):
+        with builder.dataflow():
+            for var in group:
+                before = calls[var]
+                arguments = relax.Tuple([inside[argument] for argument in before.args[1]])
+                call = relax.Call(before.op, [before.args[0], arguments], before.attrs, before.ty_args)
+                inside[var] = builder.emit_output(call) if var == group[-1] else builder.emit(call)
+        function = builder.emit_func_output(inside[group[-1]])
+    return relax.Call(function, list(outside))
+
+
+def with_values(function, values):
+    """Returns a Relax function with other values for some of its variables: {variable: expression}."""
+    from tvm import relax
+
+    def replaced(binding):
+        return relax.VarBinding(binding.var, values[binding.var]) if binding.var in values else binding
+
+    blocks = [type(block)([replaced(binding) for binding in block.bindings]) for block in function.body.blocks]
+    body = relax.SeqExpr(blocks, function.body.body)
+    return relax.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
 
 
 def multiply_transposed(source, weight, dtype):
