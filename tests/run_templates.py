@@ -3,8 +3,8 @@
     python tests/run_templates.py fp16 [COUNT [DIRECTORY]]
 
 COUNT (default: 3) of each template for each task: a ResNet, one whose windows TMA copies, a RegNet (grouped
-convolutions), a ConvNeXt (depthwise ones), a BERT and a Llama with grouped heads. Each is built, run and checked as the
-tuner does. With a DIRECTORY they are only built there, for run_built.py.
+convolutions), a ConvNeXt (depthwise ones), a BERT, a Llama with grouped heads, and a step of that one. Each is built,
+run and checked as the tuner does. With a DIRECTORY they are only built there, for run_built.py.
 """
 
 import json
@@ -41,6 +41,7 @@ CONFIGS = [
     BertConfig(**{name: value for name, value in TINY_BERT.items() if name != "model_type"}),
     LlamaConfig(**TINY_LLAMA, num_hidden_layers=1, vocab_size=100),
 ]
+CASES = [(config, {}) for config in CONFIGS] + [(CONFIGS[-1], {"phase": "decode", "context_len": 600})]
 
 
 def draw_candidates(tasks, target, count):
@@ -74,8 +75,10 @@ def build_all(precision, count, directory):
     target = processes.call(find_target, CUDA, timeout_s=TIMEOUT_S)
     tasks = [
         task
-        for config in CONFIGS
-        for task in processes.call(make_tasks, make_case(config, precision=precision), target, timeout_s=TIMEOUT_S)
+        for config, fields in CASES
+        for task in processes.call(
+            make_tasks, make_case(config, precision=precision, **fields), target, timeout_s=TIMEOUT_S
+        )
     ]
     drawn = list(draw_candidates(tasks, target, count))
     jobs = [(task.module_json, target, candidate, f"{directory}/{n}.so") for n, (task, candidate) in enumerate(drawn)]

@@ -64,17 +64,20 @@ def test_kernels_compile_for_hopper(tvm, dtype, head_dim):
     assert source.count('extern "C" __global__') == 2  # one kernel, declared and defined
 
 
-@pytest.mark.parametrize("dtype, head_dim", [("float16", 64), ("bfloat16", 128)])
-def test_kernels_for_a_cache_compile_for_hopper(tvm, dtype, head_dim):
-    """Two kernels, the first of which loads 16 bytes at a time."""
+@pytest.mark.parametrize("dtype, head_dim, part", [("float16", 64, 128), ("bfloat16", 128, 64)])
+def test_kernels_for_a_cache_compile_for_hopper(tvm, dtype, head_dim, part):
+    """16 bytes are loaded at a time. A cluster joins eight parts of the context, a second kernel sixteen."""
     target = tvm.target.Target(json.loads(H200))
     mask = {"mask_shape": (1, 1, 1, 1024), "mask_dtype": "bool"}
     attention = make_attention(dtype, head_dim, **{**CACHE, "heads": 32, "key_heads": 8, "key_count": 1024}, **mask)
     template = make_template(tvm, attention)
+    decisions = [values.index(value) for values, value in zip(template.parameters, (4, 4, part, 2))]
     with target:
-        module = template.realize(random_fitting(template, random.Random(head_dim)))
+        module = template.realize(decisions)
         source = tvm.build(module, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
-    assert source.count('extern "C" __global__') == 4 and "*(uint4*)(loaded" in source
+    kernels = source.count('extern "C" __global__') // 2  # each is declared and defined
+    assert (kernels, "mapa.shared::cluster" in source) == ((1, True) if part == 128 else (2, False))
+    assert "*(uint4*)(loaded" in source
 
 
 def attend(attention, inputs):
@@ -158,6 +161,10 @@ KERNELS = {
         | {"mask_shape": (2, 4, 1, 77), "mask_dtype": "float16"},
         (1, 4, 32, 2),
     ),
+    "cache, more parts than a cluster has blocks": (
+        CACHE | {"key_count": 300, "mask_shape": (2, 1, 1, 300), "mask_dtype": "bool"},
+        (1, 1, 32, 2),
+    ),
     "cache, fp32": (CACHE | {"key_count": 50, "head_dim": 32, "dtype": "float32"}, (1, 1, 32, 4)),
     "cache, bf16, one part": (
         CACHE | {"key_count": 70, "dtype": "bfloat16", "mask_shape": (1, 1, 1, 70), "mask_dtype": "bool"},
@@ -167,7 +174,15 @@ KERNELS = {
 
 
 # Others have what these leave out, too.
-REPEATED = ("one stage", "fp32, one stage", "fp32, mask", "bf16, one tensor", "cache, fp32", "cache, bf16, one part")
+REPEATED = (
+    "one stage",
+    "fp32, one stage",
+    "fp32, mask",
+    "bf16, one tensor",
+    "cache, fp32",
+    "cache, bf16, one part",
+    "cache, grouped",
+)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """Attention of one query over a long cache as CUDA kernels, without tensor cores: the context is split over blocks.
 
-Flash-decoding (Dao and others, 2023): the first kernel gives for each part of the context the sums of values with their
-largest score and total, as flash attention keeps them, and the second one joins the parts. A few lanes of a warp share
-a key: each has 16 bytes of it, and of the queries, values and sums as many elements.
+Flash-decoding (Dao and others, 2023): each block has for its part of the context the sums of values with their largest
+score and total, as flash attention keeps them. Blocks that are a cluster join their parts themselves, a second kernel
+those of others. A few lanes of a warp share a key: each has 16 bytes of it, and of the queries, values and sums as many
+elements.
 """
 
 import math
 
 from tvm_items.target import ALL_LANES, WARP_THREADS
 from tvm_items.templates.attention_task import LOG2_E, kernel_function
+from tvm_items.templates.clusters import load_from_block, shared_address, synchronize_cluster
 
 VECTOR_BYTES = 16  # of a load
 LOWEST = -1e30  # what stands for the largest score until there is one: finite, as -inf - -inf is NaN
@@ -33,20 +35,20 @@ def is_decode(attention):
 
 
 def decode_resources(attention, warps, group, part, keys):
-    """Returns what a block of the first kernel needs: (threads, registers of a thread, bytes of shared memory).
+    """Returns what a block that has keys needs: (threads, registers of a thread, bytes of shared memory).
 
     The registers are an estimate: queries and sums, scores, keys or values on their way, and 40 for all else.
     """
     size = vector(attention)
     registers = 2 * group * size + group * (keys + 3) + keys * VECTOR_BYTES // 4 + size + 40
-    return warps * WARP_THREADS, registers, warps * group * (attention.head_dim + 2) * 4
+    return warps * WARP_THREADS, registers, (warps + 1) * group * (attention.head_dim + 2) * 4
 
 
-def decode_kernel(attention, warps, group, part, keys):
+def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
     """Returns the scheduled TIR function of an Attention that is_decode(), of define_attention()'s signature.
 
     warps: of a block. group: heads of queries of a block, which share their keys and values. part: keys of a block.
-    keys: that a few lanes have on their way at once.
+    keys: that a few lanes have on their way at once. max_cluster_blocks: 1 where there are no clusters.
     """
     from tvm.script import tirx as T
 
@@ -59,8 +61,14 @@ def decode_kernel(attention, warps, group, part, keys):
     steps = -(-part // (rows * keys))
     groups = a.heads // group
     first_query, first_key, first_value = (source.first for source in a.sources)
+    # Where the warps' sums, largest scores and totals end in shared memory; behind them are those of the block.
     largest_at = warps * group * a.head_dim
     totals_at = largest_at + warps * group
+    block_at = totals_at + warps * group
+    block_largest_at = block_at + group * a.head_dim
+    block_totals_at = block_largest_at + group
+    cluster_blocks = parts if parts <= max_cluster_blocks else 1
+    is_alone = parts == cluster_blocks  # whether there is no second kernel
     key_shuffles, row_shuffles = lanes.bit_length() - 1, (WARP_THREADS // lanes).bit_length() - 1
     is_whole = part % (rows * keys) == 0 and a.key_count % part == 0
 
@@ -83,14 +91,17 @@ def decode_kernel(attention, warps, group, part, keys):
         is_in = T.And(in_part(step, k, row) < part, number * part + in_part(step, k, row) < a.key_count)
         return T.Select(is_in, score, T.float32(-math.inf))
 
+    def average(sums, total):  # of a query that sees no key the total is 0, and so are its sums
+        return T.Cast(a.dtype, sums / T.max(total, T.float32(1e-30)))
+
     @T.inline
-    def compute(queries, cached_keys, cached_values, mask, result):
-        sums_of_parts = T.alloc_buffer((a.batch, a.heads, parts, a.head_dim), "float32", scope="global")
-        largest_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
-        totals_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
-        with T.launch_thread("blockIdx.x", a.batch * groups * parts) as block:
+    def attend(queries, cached_keys, cached_values, mask, store, join):
+        with T.launch_thread("blockIdx.x", a.batch * groups) as block:
+            number = T.launch_thread("blockIdx.z", parts)
+            if cluster_blocks > 1:
+                T.launch_thread("clusterCtaIdx.z", cluster_blocks)
             thread = T.launch_thread("threadIdx.x", threads)
-            shared = T.alloc_buffer((totals_at + warps * group,), "float32", scope="shared.dyn", align=128)
+            shared = T.alloc_buffer((block_totals_at + group,), "float32", scope="shared.dyn", align=128)
             query = T.alloc_local((group * size,), "float32")
             sums = T.alloc_local((group * size,), "float32")
             loaded = T.alloc_local((keys * size,), a.dtype)
@@ -99,9 +110,8 @@ def decode_kernel(attention, warps, group, part, keys):
             before = T.alloc_local((group,), "float32")
             totals = T.alloc_local((group,), "float32")
             joined = T.alloc_local((2,), "float32")
-            number: T.let = block % parts
-            head: T.let = block // parts % groups * group
-            batch: T.let = block // (parts * groups)
+            head: T.let = block % groups * group
+            batch: T.let = block // groups
             lane: T.let = thread % lanes
             row: T.let = thread // lanes
 
@@ -200,10 +210,67 @@ def decode_kernel(attention, warps, group, part, keys):
                         joined[1] = joined[1] + shared[totals_at + w * group + h] * T.exp2(
                             shared[largest_at + w * group + h] - before[0]
                         )
-                    sums_of_parts[batch, head + h, number, d] = joined[0]
-                    if d == 0:
-                        largest_of_parts[batch, head + h, number] = before[0]
-                        totals_of_parts[batch, head + h, number] = joined[1]
+                    store(shared, batch, head, number, h, d, joined[0], before[0], joined[1])
+            join(shared, batch, head, number, thread)
+
+    @T.inline
+    def compute_alone(queries, cached_keys, cached_values, mask, result):
+        @T.inline
+        def store(shared, batch, head, number, h, d, sums, largest, total):
+            if parts == 1:
+                result[batch, 0, head + h, d] = average(sums, total)
+            else:
+                shared[block_at + h * a.head_dim + d] = sums
+                if d == 0:
+                    shared[block_largest_at + h] = largest
+                    shared[block_totals_at + h] = total
+
+        @T.inline
+        def join(shared, batch, head, number, thread):
+            if parts > 1:
+                synchronize_cluster()
+                largest_of_parts = T.alloc_local((parts,), "float32")
+                loaded = T.alloc_local((1,), "float32")
+                state = T.alloc_local((3,), "float32")
+                for i in T.serial(-(-group * a.head_dim // (threads * parts))):
+                    if (i * parts + number) * threads + thread < group * a.head_dim:
+                        h: T.let = ((i * parts + number) * threads + thread) // a.head_dim
+                        d: T.let = ((i * parts + number) * threads + thread) % a.head_dim
+                        state[0] = T.float32(LOWEST)
+                        state[1] = T.float32(0)
+                        state[2] = T.float32(0)
+                        for p in T.unroll(parts):
+                            load_from_block(shared_address(shared, block_largest_at + h), p, loaded)
+                            largest_of_parts[p] = loaded[0]
+                            state[0] = T.max(state[0], loaded[0])
+                        for p in T.unroll(parts):
+                            load_from_block(shared_address(shared, block_totals_at + h), p, loaded)
+                            state[1] = state[1] + T.exp2(largest_of_parts[p] - state[0]) * loaded[0]
+                            load_from_block(shared_address(shared, block_at + h * a.head_dim + d), p, loaded)
+                            state[2] = state[2] + T.exp2(largest_of_parts[p] - state[0]) * loaded[0]
+                        result[batch, 0, head + h, d] = average(state[2], state[1])
+                synchronize_cluster()  # none ends while others read what it has
+
+        attend(queries, cached_keys, cached_values, mask, store, join)
+
+    @T.inline
+    def compute_in_two(queries, cached_keys, cached_values, mask, result):
+        sums_of_parts = T.alloc_buffer((a.batch, a.heads, parts, a.head_dim), "float32", scope="global")
+        largest_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
+        totals_of_parts = T.alloc_buffer((a.batch, a.heads, parts), "float32", scope="global")
+
+        @T.inline
+        def store(shared, batch, head, number, h, d, sums, largest, total):
+            sums_of_parts[batch, head + h, number, d] = sums
+            if d == 0:
+                largest_of_parts[batch, head + h, number] = largest
+                totals_of_parts[batch, head + h, number] = total
+
+        @T.inline
+        def join(shared, batch, head, number, thread):
+            pass
+
+        attend(queries, cached_keys, cached_values, mask, store, join)
         with T.launch_thread("blockIdx.x", a.batch * a.heads) as of_head:
             d = T.launch_thread("threadIdx.x", a.head_dim)
             state = T.alloc_local((3,), "float32")
@@ -216,9 +283,6 @@ def decode_kernel(attention, warps, group, part, keys):
                 weight: T.let = T.exp2(largest_of_parts[of_head // a.heads, of_head % a.heads, p] - state[0])
                 state[1] = state[1] + weight * totals_of_parts[of_head // a.heads, of_head % a.heads, p]
                 state[2] = state[2] + weight * sums_of_parts[of_head // a.heads, of_head % a.heads, p, d]
-            # Of a query that sees no key the total is 0, and so are its sums.
-            result[of_head // a.heads, 0, of_head % a.heads, d] = T.Cast(
-                a.dtype, state[2] / T.max(state[1], T.float32(1e-30))
-            )
+            result[of_head // a.heads, 0, of_head % a.heads, d] = average(state[2], state[1])
 
-    return kernel_function(attention, compute)
+    return kernel_function(attention, compute_alone if is_alone else compute_in_two)

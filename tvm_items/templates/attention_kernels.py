@@ -1,6 +1,7 @@
 """The templates of a task of attention."""
 
 import dataclasses
+import functools
 import typing
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
@@ -8,6 +9,7 @@ from tvm_items.templates.attention_decode import decode_kernel, decode_resources
 from tvm_items.templates.attention_fma import VECTOR, fma_kernel, fma_resources
 from tvm_items.templates.attention_mma import TILE, mma_kernel, mma_resources
 from tvm_items.templates.attention_task import Attention
+from tvm_items.templates.clusters import MAX_BLOCKS
 from tvm_items.templates.template import Template
 
 MMA, FMA, DECODE = 110, 111, 112  # the templates' numbers
@@ -22,10 +24,10 @@ FMA_KEY_TILES = (16, 32, 64, 96, 128)
 DECODE_WARPS, GROUPS, PARTS, KEYS = (1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128, 256, 512, 1024), (1, 2, 4, 8)
 
 
-def attention_templates(attention, limit):
+def attention_templates(attention, limit, has_clusters):
     """Returns the templates for an Attention; limit: bytes of shared memory that a block of threads may have."""
     if attention.heads_first:
-        return [decode_template(attention, limit)] if is_decode(attention) else []
+        return [decode_template(attention, limit, has_clusters)] if is_decode(attention) else []
     return [(fma_template if attention.dtype == "float32" else mma_template)(attention, limit)]
 
 
@@ -87,8 +89,9 @@ def fma_template(attention, limit):
     return AttentionTemplate(FMA, attention, fma_kernel, fma_resources, is_useful, options, limit)
 
 
-def decode_template(attention, limit):
+def decode_template(attention, limit, has_clusters):
     """Returns the template for one query over a cache; limit: bytes of shared memory that a block may have."""
+    make_kernel = functools.partial(decode_kernel, max_cluster_blocks=MAX_BLOCKS if has_clusters else 1)
     lanes = attention.head_dim // vector(attention)
 
     def is_useful(warps, group, part, keys):
@@ -99,9 +102,8 @@ def decode_template(attention, limit):
             and (part < 2 * attention.key_count or part == PARTS[0])
         )
 
-    return AttentionTemplate(
-        DECODE, attention, decode_kernel, decode_resources, is_useful, [DECODE_WARPS, GROUPS, PARTS, KEYS], limit
-    )
+    options = [DECODE_WARPS, GROUPS, PARTS, KEYS]
+    return AttentionTemplate(DECODE, attention, make_kernel, decode_resources, is_useful, options, limit)
 
 
 def is_useful_step(attention, key_tile, stages):

@@ -24,7 +24,7 @@ def find_templates(module, target):
     limit, is_hopper = max_shared_bytes(target), compute_capability(target) == HOPPER
     attention = read_attention(module)
     if attention is not None:
-        return attention_templates(attention, limit)
+        return attention_templates(attention, limit, is_hopper)
     sums = find_sums(module)
     task = sums and find_product_task(sums)
     if task is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from tvm_items.templates.clusters import load_from_block, shared_address, synchronize_cluster
 from tvm_items.templates.epilogue import output_vector, store_outputs
 from tvm_items.templates.product_task import ProductTask
 
@@ -125,26 +126,13 @@ def add_up_parts(staged, place, parts, totals):
 
     staged: the buffer there; place: of the first element, a multiple of their number. totals: (buffer, index) each.
     """
-    from tvm.script import tirx as T
     from tvm.tirx.script.builder import ir as build
 
-    loaded, address = (build.alloc_buffer(*a, scope="local") for a in (((len(totals),), "float32"), ((1,), "uint32")))
-    own = build.Bind(T.cuda.cvta_generic_to_shared(T.address_of(staged[place])))
-    load = T.ptx[f"ld.shared::cluster.{f'v{len(totals)}.' if len(totals) > 1 else ''}f32"]
+    loaded, address = build.alloc_buffer((len(totals),), "float32", scope="local"), shared_address(staged, place)
     for part in range(parts):
-        build.evaluate(T.ptx["mapa.shared::cluster.u32"](address[0], own, T.uint32(part)))
-        build.evaluate(load(*(loaded[j] for j in range(len(totals))), address[0]))
+        load_from_block(address, part, loaded, len(totals))
         for j, (buffer, index) in enumerate(totals):
             build.buffer_store(buffer, loaded[j] if part == 0 else buffer[index] + loaded[j], [index])
-
-
-def synchronize_cluster():
-    """Emits a barrier of all threads of a cluster that have not ended, after which they see what others have stored."""
-    from tvm.script import tirx as T
-    from tvm.tirx.script.builder import ir as build
-
-    build.evaluate(T.ptx["barrier.cluster.arrive.release.aligned"]())
-    build.evaluate(T.ptx["barrier.cluster.wait.acquire.aligned"]())
 
 
 def staging_bytes(rows, columns):

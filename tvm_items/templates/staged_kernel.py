@@ -5,16 +5,14 @@ several steps ahead of the one that it computes. The structure of StagedKernel i
 (https://github.com/NVIDIA/cutlass, mma_multistage.h).
 """
 
-import contextlib
 import dataclasses
 
+from tvm_items.templates.clusters import MAX_BLOCKS, launch_cluster
 from tvm_items.templates.output_tile import OutputTile, staging_bytes
 from tvm_items.templates.product_module import is_oversized, locate, make_module, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
 from tvm_items.templates.template import Template
 from tvm_items.templates.tiles import CHUNK_BYTES, Tile, copy_tile
-
-MAX_CLUSTER_BLOCKS = 8  # on any GPU that has clusters (CUDA C++ Programming Guide, "Thread Block Clusters")
 
 
 @dataclasses.dataclass
@@ -44,7 +42,7 @@ class StagedTemplate(Template):
         steps = self.steps(config)
         if not parts_fit(self.task, steps, config.parts):
             return False
-        if is_cluster(config) and not (self.has_clusters and config.parts <= MAX_CLUSTER_BLOCKS):
+        if cluster_blocks(config) > (MAX_BLOCKS if self.has_clusters else 1):
             return False
         if config.stages > max(2, steps // config.parts + 1):
             return False
@@ -69,7 +67,7 @@ class StagedTemplate(Template):
 
     def make(self, *values):
         config = self.make_config(*values)
-        return make_module(self.task, 1 if is_cluster(config) else config.parts, self.kernel(self, config).emit)
+        return make_module(self.task, config.parts // cluster_blocks(config), self.kernel(self, config).emit)
 
 
 class StagedKernel:
@@ -98,7 +96,7 @@ class StagedKernel:
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
-            launch_cluster(config),
+            launch_cluster(cluster_blocks(config)),
             build.launch_thread("threadIdx.x", config.threads) as thread,
         ):
             self.batch, self.thread = batch, thread
@@ -170,18 +168,9 @@ class StagedKernel:
         build.evaluate(T.ptx["cp.async.commit_group"]())
 
 
-def is_cluster(config):
-    """Returns whether the blocks that have the parts of a sum are a cluster, which adds them up."""
-    return config.staged and config.parts > 1
-
-
-def launch_cluster(config):
-    """Returns a context in which those blocks are launched as a cluster, where they are one."""
-    from tvm.tirx.script.builder import ir as build
-
-    if not is_cluster(config):
-        return contextlib.nullcontext()
-    return build.launch_thread("clusterCtaIdx.z", config.parts)
+def cluster_blocks(config):
+    """Returns the number of blocks of a cluster, whose parts of a sum they add up themselves; 1: there is none."""
+    return config.parts if config.staged else 1
 
 
 def synchronize():

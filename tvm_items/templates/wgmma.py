@@ -12,12 +12,13 @@ import itertools
 import operator
 
 from tvm_items.target import WARP_THREADS
+from tvm_items.templates.clusters import launch_cluster
 from tvm_items.templates.expressions import linear_strides
 from tvm_items.templates.output_tile import OutputTile
 from tvm_items.templates.product_module import locate, make_sums, steps_of_part
 from tvm_items.templates.product_task import buffer_shape
 from tvm_items.templates.stage_barriers import MBARRIER_BYTES, StageBarriers
-from tvm_items.templates.staged_kernel import StagedTemplate, launch_cluster
+from tvm_items.templates.staged_kernel import StagedTemplate, cluster_blocks
 from tvm_items.templates.template import unrolled
 from tvm_items.templates.tiles import CHUNK_BYTES, copy_tile
 from tvm_items.templates.windows import LINE_BYTES, find_windows
@@ -105,7 +106,7 @@ class Kernel:
             build.launch_thread("blockIdx.x", self.row_tiles * self.column_tiles) as tile_number,
             build.launch_thread("blockIdx.y", task.batch.extent) as self.batch,
             build.launch_thread("blockIdx.z", config.parts) as part,
-            launch_cluster(config),
+            launch_cluster(cluster_blocks(config)),
             build.launch_thread("threadIdx.x", config.consumer_threads + self.producer_threads) as thread,
         ):
             row_tile, column_tile = locate(tile_number, self.row_tiles, self.column_tiles, config.group)
@@ -116,10 +117,8 @@ class Kernel:
                 self.first_row, self.end_row = build.Bind(row_tile * config.rows), None
             self.first_column = build.Bind(column_tile * config.columns)
             self.first_step, count = steps_of_part(self.steps, config.parts, part)
-            barrier_elements = 2 * config.stages * MBARRIER_BYTES // self.element_bytes
-            self.shared = build.alloc_buffer(
-                (self.data_elements + barrier_elements,), task.dtype, scope="shared.dyn", align=1024
-            )
+            elements = self.data_elements + 2 * config.stages * MBARRIER_BYTES // self.element_bytes
+            self.shared = build.alloc_buffer((elements,), task.dtype, scope="shared.dyn", align=1024)
             self.barriers = StageBarriers(self.shared, self.element_bytes, self.data_elements, config.stages)
             with build.If(thread == 0), build.Then():
                 arrivals = any(self.by_tma) + (0 if all(self.by_tma) else self.producer_threads)
