@@ -1,5 +1,8 @@
 """Tasks that tests of design spaces, templates and the search share."""
 
+import functools
+import math
+
 import torch
 
 from tvm_items.decisions import random_decisions
@@ -27,12 +30,38 @@ def make_product(rows):
     return tvm.IRModule({"main": te.create_prim_func([x, w, b, output])})
 
 
-def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=False, rounded=False):
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu by tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+
+
+def share_of_activation(source, activation, dtype):
+    """Returns the tensor expression by which one of ACTIVATIONS multiplies its operand, as TVM has it."""
+    from tvm import topi
+
+    def constant(value):
+        return topi.full((), dtype, value)
+
+    if activation == "silu":
+        return topi.sigmoid(source)
+    if activation == "gelu":  # in fp16 with an erf() of fp32, in bf16 with one of bf16
+        argument = topi.multiply(source, constant(0.5**0.5))
+        odd = topi.cast(topi.erf(topi.cast(argument, "float32") if dtype == "float16" else argument), dtype)
+    else:
+        cube = topi.multiply(topi.multiply(source, source), source)
+        argument = topi.add(source, topi.multiply(cube, constant(0.044715)))
+        odd = topi.tanh(topi.multiply(argument, constant((2 / math.pi) ** 0.5)))
+    return topi.add(topi.multiply(odd, constant(0.5)), constant(0.5))
+
+
+def make_batched_product(shape, dtype, transposed=False, epilogue=True, activation="silu", rounded=False):
     """Returns (TIR module, its arguments as tensors, expected output) of a batched matrix product, summed in fp32.
 
     shape: (batch, rows, columns, terms). transposed: whether the right operand is given as (batch, columns, terms).
-    epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual. gelu:
-    whether that activation is GELU, by erf, and not SiLU. rounded: whether operands and output are rounded to TF32.
+    epilogue: behind it come a bias, an activation that reads its operand twice, a layer scale and a residual.
+    activation: "silu", "gelu" or "gelu by tanh". rounded: whether operands and output are rounded to TF32.
     """
     import tvm
     from tvm import te, topi
@@ -53,17 +82,11 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, gelu=Fal
     expected = (left @ (right.mT if transposed else right)).to(tensors[0].dtype)
     if epilogue:
         biased = topi.add(output, bias)
-        half, root = (topi.full((), dtype, value) for value in (0.5, 0.5**0.5))
-        # As TVM has GELU: in fp16 with an erf() of fp32, in bf16 with one of bf16.
-        argument = topi.multiply(biased, root)
-        argument = topi.cast(argument, "float32") if dtype == "float16" else argument
-        share = (
-            topi.add(topi.multiply(topi.cast(topi.erf(argument), dtype), half), half) if gelu else topi.sigmoid(biased)
-        )
+        share = share_of_activation(biased, activation, dtype)
         output = topi.add(topi.multiply(topi.multiply(biased, share), scale), residual)
         inputs += [bias, scale, residual]
         biased = expected + tensors[2]
-        activated = torch.nn.functional.gelu(biased) if gelu else biased * torch.sigmoid(biased)
+        activated = ACTIVATIONS[activation](biased)
         expected = activated * tensors[3] + tensors[4]
     else:
         tensors = tensors[:2]

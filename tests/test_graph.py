@@ -42,6 +42,21 @@ def test_simplifying_the_graph_changes_no_result():
     assert [call.split(".")[1] for call in calls[product + 1 :]] == ["sigmoid", "mul", "gelu", "mul", "reshape"]
 
 
+class Powers(torch.nn.Module):
+    def forward(self, x):
+        return x.pow(3) + x**2 + x.abs().pow(1.5)
+
+
+@torch.no_grad()
+def test_squares_and_cubes_are_products():
+    x = torch.randn(5)
+    exported = export_for_tvm(Powers(), {"x": x})
+    simplify(exported)
+    assert torch.equal(exported.module()(x=x), Powers()(x))
+    calls = [str(node.target).split(".")[1] for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls.count("pow") == 1 and calls.count("mul") == 3
+
+
 class Projections(torch.nn.Module):
     """Queries, keys and values of the same input, keys without a bias; a product with an activation; another input."""
 

@@ -68,16 +68,22 @@ def test_products(tvm, shape, dtype, transposed, epilogue, options):
     check(tvm, make_batched_product(shape, dtype, transposed, epilogue), **options)
 
 
-@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_gelu_behind_a_product(tvm, dtype):
-    task = make_batched_product((1, 70, 40, 104), dtype, gelu=True)
+@pytest.mark.parametrize(
+    "activation, dtype",
+    [("gelu", "float16"), ("gelu by tanh", "float16"), pytest.param("gelu", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_gelu_behind_a_product(tvm, activation, dtype):
+    task = make_batched_product((1, 70, 40, 104), dtype, activation=activation)
     check(tvm, task, tolerance={"float16": 1e-3, "bfloat16": 1e-2}[dtype])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("gelu, instruction, exact", [(True, "ex2.approx", "erf"), (False, "rcp.approx", "exp")])
-def test_activations_of_16_bits_are_short(tvm, dtype, gelu, instruction, exact):
-    module, *_ = make_batched_product((1, 70, 40, 104), dtype, gelu=gelu)
+@pytest.mark.parametrize(
+    "activation, instruction, exact",
+    [("gelu", "ex2.approx", "erf"), ("silu", "rcp.approx", "exp"), ("gelu by tanh", "rcp.approx", "tanh")],
+)
+def test_activations_of_16_bits_are_short(tvm, dtype, activation, instruction, exact):
+    module, *_ = make_batched_product((1, 70, 40, 104), dtype, activation=activation)
     target = tvm.target.Target(json.loads(H200))
     (template, *_) = find_templates(module, target)
     source, *_ = generate(template.realize(decide()), target, tir_pipeline())
@@ -87,7 +93,7 @@ def test_activations_of_16_bits_are_short(tvm, dtype, gelu, instruction, exact):
 
 def test_an_activation_that_is_rounded_to_tf32(tvm):
     """It is computed once, though what rounds it reads it five times, and what it reads is loaded in vectors."""
-    task = make_batched_product((1, 70, 40, 104), "float32", gelu=True, rounded=True)
+    task = make_batched_product((1, 70, 40, 104), "float32", activation="gelu", rounded=True)
     realized = check(tvm, task, tolerance=1e-4, chunks=8)
     source, *_ = generate(realized, tvm.target.Target(json.loads(H200)), tir_pipeline())
     kernel = source[source.rindex("__global__") :]
@@ -103,6 +109,12 @@ def test_the_error_of_erf():
         exponent = (exponent + np.float32(coefficient)) * x
     error = np.abs(1 - np.exp2(exponent) - np.array([math.erf(value) for value in x]))
     assert error.max() < 1e-6 and error[x < 0.1].max() < 3e-7
+
+
+def test_the_error_of_tanh():
+    x = np.linspace(0, 12, 100001, dtype=np.float32)
+    share = 1 / (1 + np.exp2(x * np.float32(2 * math.log2(math.e))))
+    assert np.abs(1 - 2 * share - np.array([math.tanh(value) for value in x])).max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def simplify(exported):
     graph = exported.graph
     fold_batch_norms(exported)
     remove_what_does_nothing(graph)
-    square_by_multiplying(graph)
+    multiply_small_powers(graph)
     split_into_slices(graph)
     merge_parallel_products(exported)
     move_behind_products(graph)
@@ -41,12 +41,18 @@ def remove_what_does_nothing(graph):
                 graph.erase_node(node)
 
 
-def square_by_multiplying(graph):
-    """Makes a product of a square, as PyTorch's own kernels do; in TVM it is a call of pow()."""
+def multiply_small_powers(graph):
+    """Makes products of squares and cubes, as PyTorch's own kernels do; in TVM they are calls of pow()."""
     for power in graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar):
         base, exponent = power.args
-        if exponent == 2:
-            power.target, power.args = aten.mul.Tensor, (base, base)
+        if exponent not in (2, 3):
+            continue
+        power.target, power.args = aten.mul.Tensor, (base, base)
+        if exponent == 3:
+            with graph.inserting_before(power):
+                square = graph.call_function(aten.mul.Tensor, (base, base))
+            square.meta["val"] = power.meta["val"]
+            power.args = (square, base)
 
 
 def split_into_slices(graph):

@@ -84,7 +84,7 @@ def store_outputs(task, buffers, batch, row, column, sums):
 def short_form(part):
     """Returns the function that emits, in fp32, what a TIR expression calls, None where there is none.
 
-    CUDA's erff() and expf() and a division are right to the last bits of fp32, which are lost where an output is
+    CUDA's erff(), tanhf(), expf() and a division are right to the last bits of fp32, which are lost where an output is
     rounded to 16 bits or to TF32, and take two to three times the instructions. An activation is one of these for every
     element of an output, while the tensor cores wait. TVM has erf() of fp32 in fp16, and of bf16 in bf16.
     """
@@ -92,7 +92,8 @@ def short_form(part):
 
     if not isinstance(part, ir.Call):
         return None
-    return {"tirx.erf": emit_erf, "tirx.sigmoid": emit_sigmoid}.get(getattr(part.op, "name", None))
+    short_forms = {"tirx.erf": emit_erf, "tirx.sigmoid": emit_sigmoid, "tirx.tanh": emit_tanh}
+    return short_forms.get(getattr(part.op, "name", None))
 
 
 def emit_erf(argument):
@@ -120,6 +121,22 @@ def emit_sigmoid(argument):
     store(share, share[0] + tirx.const(1, "float32"))
     approximate("rcp", share)
     return share[0]
+
+
+def emit_tanh(argument):
+    """Emits 1 - 2 / (1 + exp(2 x)), which is tanh(x), of an expression in fp32, and returns it in fp32.
+
+    It is off by less than 1e-6.
+    """
+    from tvm import tirx
+
+    value, share = make_registers(2)
+    store(value, argument)
+    store(share, tirx.abs(value[0]) * tirx.const(2 * math.log2(math.e), "float32"))
+    approximate("ex2", share)
+    store(share, share[0] + tirx.const(1, "float32"))
+    approximate("rcp", share)
+    return tirx.copysign(tirx.const(1, "float32") - share[0] * tirx.const(2, "float32"), value[0])
 
 
 def emit_rounding(argument):
