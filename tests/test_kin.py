@@ -13,14 +13,18 @@ def make_kernel(number, name, *shapes, dtype="float16", **fields):
     """A Kernel whose decisions are its number, which tests know it by."""
     arguments = [f"{dtype}[{','.join(map(str, shape))}]" for shape in shapes]
     kernel = {"task": f"hash {number}", "name": name, "arguments": arguments, "space": 0, "decisions": [number]}
-    return kernel | {"arch": "sm_90", "device": "NVIDIA H200", "tvm": "1"} | fields
+    return kernel | {"arch": "sm_90", "device": "NVIDIA H200", "tvm": "1", "seconds": 1e-5, "case": "m.fp16"} | fields
 
 
 def find(task, kernels=(), others=(), searches=True, arch="sm_90"):
     """Returns ([numbers of what is known], [numbers of kin]) that the task begins with."""
+    start = find_start(task, kernels, others, searches, arch)
+    return tuple([decisions[0] for _, decisions in schedules] for schedules in (start.known, start.kin))
+
+
+def find_start(task, kernels=(), others=(), searches=True, arch="sm_90"):
     library = Library({kernel["task"]: kernel for kernel in kernels}, list(others), {})
-    start = find_starts([task], library, arch, searches).get(task.key, Start([], []))
-    return tuple([decisions[0] for _, decisions in schedules] for schedules in start)
+    return find_starts([task], library, arch, searches).get(task.key, Start([], []))
 
 
 X, W, BIAS, Y = (128, 768), (768, 3072), (3072,), (128, 3072)
@@ -76,6 +80,22 @@ def test_other_devices_come_after_this_one_and_those_of_another_architecture_las
     assert find(PRODUCT, [own], kernels_of(PRODUCT.key)) == ([2, 1], [3])
     assert find(PRODUCT, [], kernels_of(PRODUCT.key), searches=False) == ([2, 1], [])  # to be measured, not used as is
     assert find(PRODUCT, [own], kernels_of(PRODUCT.key), arch="sm_80") == ([1, 2], [3])
+
+
+def test_what_takes_longer_than_its_twin_is_behind():
+    known = make_kernel(1, PRODUCT.name, X, W, BIAS, Y, task=PRODUCT.key)
+    twin = make_kernel(2, PRODUCT.name, X, W, BIAS, Y, dtype="bfloat16", seconds=8e-6, case="m.bf16")
+    assert find_start(PRODUCT, [known, twin]).is_behind
+    assert not find_start(PRODUCT, [known, twin], searches=False).is_behind
+    for other in (
+        twin | {"seconds": 9.5e-6},
+        twin | {"case": "m.tf32"},
+        twin | {"name": "fused_matmul2_cast4"},
+        make_kernel(2, PRODUCT.name, (64, 768), W, BIAS, (64, 3072), seconds=5e-6),
+    ):
+        start = find_start(PRODUCT, [known, other])
+        assert start.kin and not start.is_behind
+    assert not find_start(PRODUCT, [twin]).is_behind  # it has nothing yet
 
 
 def test_templates_of_other_products_come_in_turns_with_kin():

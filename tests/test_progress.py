@@ -69,5 +69,10 @@ def test_what_its_kin_has_schedules_for_is_tried_before_anything_is_searched_for
     assert fast.is_untried and TuningLoop.most_promising(loop) is slow  # a search may end before they are measured
     fast.pending = 0
     assert not fast.is_untried and TuningLoop.most_promising(loop) is slow
+    fast.is_behind, fast.is_adapted = True, False  # than kin on the same extents, of another case since
+    fast.trials = [Trial(100, [1], 2e-6, None)]
+    assert not fast.is_untried and TuningLoop.most_promising(loop) is fast
+    fast.is_adapted = True
+    assert TuningLoop.most_promising(loop) is slow
     slow.pending = 16
     assert TuningLoop.most_promising(loop) is alone

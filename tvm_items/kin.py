@@ -14,6 +14,7 @@ from tvm_items.records import describe_argument, parse_argument
 from tvm_items.templates.find import FIRST_TEMPLATE
 
 MAX_KNOWN, MAX_KIN = 4, 32  # schedules for a task; of kin, which may not fit, more than will be measured
+BEHIND = 1.1  # times what a twin takes: with more, a task tries its kin before anything else
 # The operators that make a schedule what it is, whatever is fused with them: words of the names that TVM gives tasks.
 PRODUCTS = {"matmul", "dense", "conv1d", "conv2d", "conv3d"}
 MAIN_OPERATORS = PRODUCTS | {"attention", "norm", "softmax"}
@@ -24,6 +25,7 @@ class Start(typing.NamedTuple):
 
     known: list  # of the same kernel
     kin: list  # of its kin, to be adapted
+    is_behind: bool = False  # whether a twin, kin on the same extents, takes clearly less time than what is known
 
 
 def find_starts(tasks, library, arch, searches):
@@ -65,8 +67,22 @@ def find_starts(tasks, library, arch, searches):
             near = schedules(k for k in sorted(templates, key=rank) if k["task"] != task.key)
             kin = alternate(kin, [schedule for schedule in near if schedule not in kin])
         if known or kin:
-            starts[task.key] = Start(known, kin[:MAX_KIN])
+            starts[task.key] = Start(known, kin[:MAX_KIN], here is not None and is_behind(here, of_operator[operator]))
     return starts
+
+
+def is_behind(kernel, kernels):
+    """Returns whether one of the Kernels, which have the same operator, is a twin of another one that is much faster.
+
+    That is the same in fp16 and bf16, or with one operator fused more or less. TF32 and IEEE fp32 have the same dtypes.
+    """
+
+    def is_twin(other):
+        different_form, steps, differences = distance(kernel["name"], kernel["arguments"], other)
+        same_arithmetic = kernel["case"].endswith(".tf32") == other["case"].endswith(".tf32")
+        return not different_form and steps == 0 and differences == 1 and same_arithmetic
+
+    return any(BEHIND * other["seconds"] < kernel["seconds"] and is_twin(other) for other in kernels)
 
 
 def alternate(ones, others):

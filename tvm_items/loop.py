@@ -84,7 +84,7 @@ class TuningLoop:
         if not self.searches:  # the time may not do for all
             tasks = sorted(tasks, key=lambda task: -task.launches * task.flops)
         starts = {task.key: starts.get(task.key, Start([], [])) for task in tasks}
-        self.progress = {task.key: Progress(task, starts[task.key].kin) for task in tasks}
+        self.progress = {task.key: Progress(task, starts[task.key].kin, starts[task.key].is_behind) for task in tasks}
         self.spent_before_s, self.trials_before = restore(self.progress, case, self.journal.trials)
         self.trials_done = self.trials_before
         self.budget = asked_trials * len(tasks) if self.searches else math.inf
@@ -189,8 +189,9 @@ class TuningLoop:
     def most_promising(self):
         """Returns the Progress to search next, None where none may be: each default schedule is measured first.
 
-        What has nothing but its default schedule goes first, if it has kin: a round of each task is more than a short
-        search has time for. Without a search, it is one of those as soon as its own default schedule is measured.
+        What has nothing but its default schedule goes first, if it has kin, and so does what is slower than such kin: a
+        round of each task is more than a short search has time for. Without a search, it is one of those as soon as its
+        own default schedule is measured.
         """
         states = self.progress.values()
         pending = sum(state.pending for state in states)
@@ -199,8 +200,8 @@ class TuningLoop:
         if self.searches and not all(state.best_s_after_rounds or state.is_exhausted for state in states):
             return None
         may_be_next = [state for state in states if state.is_open and (self.searches or not state.is_adapted)]
-        untried = [state for state in may_be_next if state.is_untried]
-        return max(untried or may_be_next, key=Progress.expected_saving_s, default=None)
+        first = [state for state in may_be_next if state.has_promising_kin]
+        return max(first or may_be_next, key=Progress.expected_saving_s, default=None)
 
     def submit_search(self, builder, state):
         """Gives an idle builder the search of a task; what it has of kin is adapted first."""

@@ -15,9 +15,10 @@ UNSEARCHED_SHARE = 0.05  # and what was not searched yet is less than that of an
 class Progress:
     """How far one task has come. A round is what is measured of it between two searches."""
 
-    def __init__(self, task, kin=()):
+    def __init__(self, task, kin=(), is_behind=False):
         self.task = task
         self.kin = list(kin)  # (space, decisions) of the library's records that may be adapted to the task
+        self.is_behind = is_behind  # whether some of them did better there
         self.is_adapted = not self.kin  # whether they have been
         self.default_s = None  # of TVM's default schedule, which is also what candidates are checked against
         self.reference_library = None  # path of that schedule's shared library
@@ -47,6 +48,11 @@ class Progress:
         """Whether its kin has schedules that may do for it, and none of them nor any other was measured."""
         is_on_its_way = self.pending or not self.is_adapted
         return bool(self.kin and is_on_its_way and not self.trials and not self.is_exhausted)
+
+    @property
+    def has_promising_kin(self):
+        """Whether its kin is to be tried before any task is searched."""
+        return self.is_untried or (self.is_behind and not self.is_adapted)
 
     def forget(self, candidate):
         """Drops the trials of a Candidate."""
