@@ -3,7 +3,7 @@
 
     HF_HUB_OFFLINE=1 python tests/census.py                      # hours on two cores; it goes on where it was stopped
     HF_HUB_OFFLINE=1 python tests/census.py --tests torch tvm --types falcon mamba --again
-    python tests/census.py --publish                             # results/families.csv -> docs/families.md
+    python tests/census.py --publish  # results/families.csv -> docs/families.md; superseded rows leave it
 
 The instances are small_configs.py's. `torch`, `torch_compile` and `tvm` run in fp32 and are checked as benchmark.py
 checks them; `cuda fp16` and `cuda bf16` are `tvm`'s way up to machine code for Hopper, which needs no GPU. Each type
@@ -15,7 +15,9 @@ import copy
 import csv
 import datetime
 import functools
+import gzip
 import importlib
+import io
 import json
 import logging
 import re
@@ -37,6 +39,7 @@ from harness.errors import UserError, one_line
 from harness.inputs import change_inputs, describe_shapes
 from harness.processes import Worker, WorkerError
 from harness.reference import compute_reference
+from harness.reports.history import compress, replace
 from harness.rows import RESULTS
 from harness.version import harness_version
 from harness.weights import load_on_device
@@ -44,7 +47,7 @@ from small_configs import SIZES, default_config, small_config
 from tvm_items.executable import compile_module
 from tvm_items.importer import export_for_tvm, import_to_relax
 
-FAMILIES = RESULTS / "families.csv"
+FAMILIES, HISTORY = RESULTS / "families.csv", RESULTS / "families_history.csv.gz"
 DOCS = RESULTS.parent / "docs"
 STATUSES = ("ok", "wrong", "failed", "no case")
 REASON_LENGTH = 160  # characters in the table; the whole line is in the CSV
@@ -204,6 +207,7 @@ def main():
     args = parser.parse_args()
     if args.publish:
         publish(read_rows(args.csv), DOCS / "families.md")
+        move_superseded(args.csv, HISTORY)
         return 0
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -279,12 +283,32 @@ def markdown(table):
     return "\n".join([header, "|" + "---|" * len(table[0]), *lines])
 
 
+def move_superseded(path, history):
+    """Moves the rows that do not count any more to the compressed CSV `history`, behind those that are there."""
+    rows = read_all_rows(path)
+    kept = {(row["model_type"], row["test"]): row for row in rows}
+    before = read_all_rows(history)
+    superseded = [row for row in rows if kept[row["model_type"], row["test"]] is not row and row not in before]
+    for target, lines in ((history, [*before, *superseded]), (path, kept.values())):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+        data = text.getvalue().encode()
+        replace(target, compress(data) if target.suffix == ".gz" else data)
+
+
 def read_rows(path):
     """Returns {(model type, test): its latest row}."""
+    return {(row["model_type"], row["test"]): row for row in read_all_rows(path)}
+
+
+def read_all_rows(path):
+    """Returns the rows of a CSV, which may be compressed, as dicts of text; none where there is no file."""
     if not path.exists():
-        return {}
-    with open(path, encoding="utf-8", newline="") as file:
-        return {(row["model_type"], row["test"]): row for row in csv.DictReader(file)}
+        return []
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def without_directories(text):

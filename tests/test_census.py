@@ -30,6 +30,23 @@ def test_rows_name_no_directories_of_a_machine(tmp_path):
     assert not re.search(r"(?<![\w.-])/\w+/", census.FAMILIES.read_text(encoding="utf-8"))
 
 
+def test_superseded_rows_are_moved_once(tmp_path):
+    path, history = tmp_path / "rows.csv", tmp_path / "rows.csv.gz"
+    of_test = {"model_type": "x", "test": "tvm"}
+    for status in ("failed", "wrong", "ok"):
+        census.append(path, of_test | {"status": status})
+    census.append(path, of_test | {"test": "torch", "status": "ok"})
+    kept = census.read_rows(path)
+    for _ in range(2):
+        census.move_superseded(path, history)
+        assert [row["status"] for row in census.read_all_rows(history)] == ["failed", "wrong"]
+        assert census.read_rows(path) == kept and len(census.read_all_rows(path)) == 2
+    census.append(path, of_test | {"status": "failed"})
+    census.move_superseded(path, history)
+    assert [row["status"] for row in census.read_all_rows(history)] == ["failed", "wrong", "ok"]
+    assert census.read_rows(path)["x", "tvm"]["status"] == "failed"
+
+
 def test_the_published_page_is_what_the_rows_give(tmp_path):
     page = tmp_path / "families.md"
     published = (census.DOCS / "families.md").read_text(encoding="utf-8")
