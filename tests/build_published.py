@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,13 +28,17 @@ from tvm_items.records import Kernel, TunedCase
 from tvm_items.target import find_target
 from tvm_items.tuning import make_tasks, tuned_name
 
+# tuned_name()'s: the model, the first input with the batch size, others, what a step has, the precision.
+CASE_NAME = re.compile(r"(.+?)\.[a-z_]+=(\d+)x[^.]*(?:\.decode-(\d+)\.layers-(\d+))?\.(\w+)")
+
 
 def find_case(tuned):
     """Returns the Case of a TunedCase, a dict, with its model on the CPU."""
-    name, shapes, precision = tuned["case"].rsplit(".", 2)
+    name, batch_size, context_len, layers, precision = CASE_NAME.fullmatch(tuned["case"]).groups()
     name = name.replace("--", "/")
-    batch_size = int(shapes.partition("=")[2].partition("x")[0])
-    case = make_case(builtin_config(name), model_name=name, batch_size=batch_size, precision=precision)
+    step = {"phase": "decode", "context_len": int(context_len)} if context_len else {}
+    config = builtin_config(name, int(layers) if layers else None)
+    case = make_case(config, model_name=name, batch_size=int(batch_size), precision=precision, **step)
     assert tuned_name(case) == tuned["case"]
     return case
 

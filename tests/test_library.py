@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from build_published import find_case
 
 from conftest import ROOT
 from tvm_items import library
@@ -225,6 +226,14 @@ def test_the_published_libraries_can_be_read():
         # Not all of them: a case whose kernels are other ones now is gone, and those that are the same are still known.
         assert {case["case"] for case in cases} <= {kernel["case"] for kernel in kernels}
         assert {device_directory(ROOT, line["device"]).name for line in (*kernels, *cases)} == {device}
+
+
+def test_published_cases_are_found_by_their_names():
+    published = read_lines(ROOT / "results" / "tuning" / "NVIDIA_H200" / CASES, TunedCase)
+    for tuned in published:
+        find_case(tuned)  # asserts that the case has that name
+    step = find_case({"case": "meta-llama--Llama-3.2-1B.input_ids=2x1.decode-1024.layers-16.fp16"})
+    assert (step.batch_size, step.context_len, step.config.num_hidden_layers) == (2, 1024, 16)
 
 
 # ---- Journals -------------------------------------------------------------------------------------------------------
