@@ -5,7 +5,7 @@ from tvm_items.templates.attention_kernels import attention_templates
 from tvm_items.templates.attention_task import read_attention
 from tvm_items.templates.depthwise import DepthwiseTemplate, find_depthwise_task
 from tvm_items.templates.fma import FmaTemplate
-from tvm_items.templates.gemv import GemvTemplate, is_gemv
+from tvm_items.templates.gemv import gemv_templates
 from tvm_items.templates.mma import MmaTemplate
 from tvm_items.templates.product_task import ALLOW_TF32, find_product_task, find_sums
 from tvm_items.templates.row_reduction import RowReductionTemplate
@@ -33,7 +33,7 @@ def find_templates(module, target):
             return [DepthwiseTemplate(depthwise)]
         rows = find_row_task(module)
         return [] if rows is None else [RowReductionTemplate(rows)]
-    templates = [GemvTemplate(task, limit)] if is_gemv(task) else []
+    templates = gemv_templates(task, limit)
     if task.rows.extent < MIN_MMA_ROWS:
         return templates
     if task.dtype == "float32" and ALLOW_TF32 not in module["main"].attrs:

@@ -1,18 +1,21 @@
-"""A template for products with a few rows, as a decode step has them: what they take is the time to read the weights.
+"""Templates for products with a few rows, as a decode step has them: what they take is the time to read the weights.
 
-No tensor cores. A thread reads 16 bytes of the weights at a time, neighbouring columns of one term, and multiplies them
-by the rows' elements of that term. Threads side by side in the columns form a slice; the slices of a block have other
-terms each, and what they have summed is added up at the end, by shuffles and through shared memory.
+No tensor cores. A thread reads 16 bytes of the weights at a time. Where these are neighbouring columns of one term, it
+multiplies them by the rows' elements of that term. Threads side by side in the columns form a slice; the slices of a
+block have other terms each, and what they have summed is added up at the end, by shuffles and through shared memory.
+Where they are neighbouring terms of one column, as of weights that are kept as (columns, terms), threads side by side
+have all terms of a few columns, and shuffles add up what they have summed.
 """
 
 import dataclasses
+import functools
 
 from tvm_items.target import ALL_LANES, MAX_BLOCK_THREADS, WARP_THREADS
 from tvm_items.templates.epilogue import output_vector, store_outputs
 from tvm_items.templates.expressions import zero
 from tvm_items.templates.product_module import make_module, make_sums, parts_fit, steps_of_part
 from tvm_items.templates.product_task import ProductTask
-from tvm_items.templates.template import Template
+from tvm_items.templates.template import Template, unrolled
 
 MAX_ROWS = 8  # with more, tensor cores and padding take less
 MIN_VECTOR_BYTES = 4  # of a load
@@ -24,13 +27,17 @@ SLICES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 AHEAD = (1, 2, 4, 8)  # loads of a thread that are under way at once
 PARTS = (1, 2, 3, 4, 6, 8)  # of each sum, in blocks of their own
 PARAMETERS = (COLUMN_THREADS, SLICES, AHEAD, PARTS)
+LANES, WARPS = (4, 8, 16, 32), (1, 2, 4, 8)  # threads that have a column; of a block
+PARAMETERS_ALONG_TERMS = (LANES, WARPS, AHEAD)
 
 
-def is_gemv(task):
-    """Returns whether the template has kernels for a ProductTask: few rows, and a weight with columns side by side."""
+def gemv_templates(task, max_shared_bytes):
+    """Returns the templates, of which there is one, for a ProductTask with few rows; none where it is another one."""
     right = task.right
-    is_plain = right.condition is None and task.left.condition is None and not right.along_terms
-    return task.rows.extent <= MAX_ROWS and is_plain and right.vector * right.element_bytes >= MIN_VECTOR_BYTES
+    is_plain = right.condition is None and task.left.condition is None
+    if task.rows.extent > MAX_ROWS or not is_plain or right.vector * right.element_bytes < MIN_VECTOR_BYTES:
+        return []
+    return [GemvAlongTermsTemplate(task)] if right.along_terms else [GemvTemplate(task, max_shared_bytes)]
 
 
 @dataclasses.dataclass
@@ -81,7 +88,8 @@ class Kernel:
             first_column = build.Bind(tile * self.columns)
             sums = make_sums(self.rows * self.vector)
             self.emit_steps(buffers, batch, part, thread, first_column, sums)
-            self.emit_shuffles(sums)
+            # What the slices in a warp have summed: all of its lanes have the totals then.
+            emit_shuffles(sums, self.rows * self.vector, self.column_threads, WARP_THREADS)
 
             def store(row, column, values):
                 self.store(buffers, partial, part, batch, row, first_column + column, values)
@@ -126,18 +134,6 @@ class Kernel:
                         at = row * vector + e
                         product = factor * loaded[i * vector + e].astype("float32")
                         build.buffer_store(sums, sums[at] + product, [at])
-
-    def emit_shuffles(self, sums):
-        """Emits the addition of what the slices in a warp have summed; all of its lanes have the totals then."""
-        from tvm.script import tirx as T
-        from tvm.tirx.script.builder import ir as build
-
-        distance = self.column_threads
-        while distance < WARP_THREADS:
-            for i in range(self.rows * self.vector):
-                other = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), sums[i], distance, WARP_THREADS, WARP_THREADS)
-                build.buffer_store(sums, sums[i] + other, [i])
-            distance *= 2
 
     def emit_sums_of_warps(self, thread, sums, store):
         """Emits the addition of what the warps of a block have, through shared memory, and store() of the totals."""
@@ -187,3 +183,85 @@ class Kernel:
                 write()
         else:
             write()
+
+
+@dataclasses.dataclass
+class GemvAlongTermsTemplate(Template):
+    number, parameters = 107, PARAMETERS_ALONG_TERMS
+
+    task: ProductTask
+
+    def fits(self, decisions):
+        """Returns whether the kernel of these decisions can be made and is no obvious waste."""
+        lanes, warps, ahead = self.read(decisions)
+        task, columns = self.task, warps * WARP_THREADS // lanes * ahead
+        is_wide = warps * ahead > 1 and columns >= 2 * task.columns.extent
+        is_long = lanes > LANES[0] and lanes * task.right.vector >= 2 * task.terms.extent
+        return not is_wide and not is_long and task.rows.extent * ahead <= MAX_SUMS_OF_A_THREAD
+
+    def make(self, *values):
+        return make_module(self.task, 1, functools.partial(emit_along_terms, self.task, *values))
+
+
+def emit_along_terms(task, lanes, warps, ahead, buffers, partial):
+    """Emits the launch of a kernel whose threads read neighbouring terms; buffers, partial: make_module()'s.
+
+    lanes: threads that have the terms of a column. warps: of a block. ahead: columns that a thread reads at once.
+    """
+    from tvm import tirx
+    from tvm.tirx.script.builder import ir as build
+
+    rows, vector, terms = task.rows.extent, task.right.vector, task.terms.extent
+    side_by_side = warps * WARP_THREADS // lanes  # columns that a block reads at once
+    step_terms = lanes * vector
+    with (
+        build.launch_thread("blockIdx.x", -(-task.columns.extent // (side_by_side * ahead))) as tile,
+        build.launch_thread("blockIdx.y", task.batch.extent) as batch,
+        build.launch_thread("threadIdx.x", warps * WARP_THREADS) as thread,
+    ):
+        lane, own = build.Bind(thread % lanes), build.Bind(thread // lanes)
+        columns = [build.Bind((tile * ahead + j) * side_by_side + own) for j in range(ahead)]
+        inside = [tirx.Min(column, task.columns.extent - 1) for column in columns]
+        sums = make_sums(rows * ahead)
+        loaded = build.alloc_buffer((ahead * vector,), task.dtype, scope="local")
+        factors = build.alloc_buffer((vector,), task.dtype, scope="local")
+        with build.serial(-(-terms // step_terms)) as step:
+            term = build.Bind(step * step_terms + lane * vector)
+            first = build.Bind(tirx.Min(term, terms - vector)) if terms % step_terms else term
+            for j, column in enumerate(inside):
+                with build.vectorized(vector) as e:
+                    load, _ = task.right.access(buffers, batch, column, first + e)
+                    build.buffer_store(loaded, load, [j * vector + e])
+            for row in range(rows):
+                is_vector = task.left.along_terms and task.left.vector % vector == 0
+                with (build.vectorized if is_vector else unrolled)(vector) as e:
+                    load, _ = task.left.access(buffers, batch, zero() + row, first + e)
+                    build.buffer_store(factors, load, [e])
+                for e in range(vector):
+                    factor = factors[e].astype("float32")
+                    if terms % step_terms:
+                        factor = tirx.Select(term < terms, factor, tirx.const(0, "float32"))
+                    factor = build.Bind(factor)
+                    for j in range(ahead):
+                        at = row * ahead + j
+                        product = factor * loaded[j * vector + e].astype("float32")
+                        build.buffer_store(sums, sums[at] + product, [at])
+        emit_shuffles(sums, rows * ahead, 1, lanes)
+        with build.If(lane == 0), build.Then():
+            for j, column in enumerate(columns):
+                with build.If(column < task.columns.extent), build.Then():
+                    for row in range(rows):
+                        store_outputs(task, buffers, batch, zero() + row, column, [sums[row * ahead + j]])
+
+
+def emit_shuffles(sums, count, first, end):
+    """Emits the addition of `count` sums of lanes that are apart by first, 2 first and so on, less than `end`."""
+    from tvm.script import tirx as T
+    from tvm.tirx.script.builder import ir as build
+
+    distance = first
+    while distance < end:
+        for i in range(count):
+            other = T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), sums[i], distance, WARP_THREADS, WARP_THREADS)
+            build.buffer_store(sums, sums[i] + other, [i])
+        distance *= 2
