@@ -133,7 +133,10 @@ def test_convolutions(tvm, shape, dtype, geometry, options):
     check(tvm, make_convolution(shape, dtype, *geometry), **options)
 
 
-@pytest.mark.parametrize("shape, transposed", [((1, 70, 40, 104), False), ((2, 37, 33, 37), True)])
+@pytest.mark.parametrize(
+    "shape, transposed",
+    [((1, 70, 40, 104), False), pytest.param((2, 37, 33, 37), True, marks=pytest.mark.slow)],
+)
 def test_tf32_where_it_is_allowed(tvm, shape, transposed):
     """Operands are rounded to the nearest, as PyTorch does, and not cut off."""
     module, arguments, _ = make_batched_product(shape, "float32", transposed, epilogue=False)
