@@ -18,9 +18,8 @@ from harness.rows import find_statuses
 from harness.weights import load_on_device
 from tvm_items import tuning
 from tvm_items.importer import export_for_tvm
-from tvm_items.in_place import WRITE
 from tvm_items.relax_module import tuned_module
-from tvm_items.relax_rewrites import find_calls
+from tvm_items.relax_rewrites import WRITE, find_calls
 from tvm_items.tuning import make_tasks, tuned_name
 
 LLAMA = {

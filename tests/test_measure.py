@@ -1,12 +1,13 @@
 """Kernels that cheat, leave their buffers or race: measuring a candidate finds them out."""
 
 import itertools
+import types
 
 import pytest
 import torch
 
 from tvm_items import measure as measuring
-from tvm_items.measure import measure, run_reference
+from tvm_items.measure import ALIGNMENT, argument_sets, measure, run_reference
 
 SIZE = 1000  # no multiple of an alignment
 ARGUMENTS = (("float32", (SIZE,)), ("float32", (SIZE,)))  # of y = 2 x
@@ -192,3 +193,28 @@ def test_what_is_measured_with_a_mask_sees_something(tvm, tmp_path):
     arguments = (("bool", (64,)), ("float32", (64,)), ("float32", (64,)))
     mask, _, y = run_reference(arguments, str(path), "cpu", 0).values
     assert mask.any() and not mask.all() and torch.equal(y != 0, mask)
+
+
+# ---- What is not in the cache -------------------------------------------------------------------------------
+
+
+def test_what_a_task_is_given_is_in_the_cache_only_if_all_of_the_models_fits(monkeypatch):
+    cache = types.SimpleNamespace(L2_cache_size=50 * 2**20)  # an H200's
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    product = ("float16", (1, 768)), ("float16", (768, 3072)), ("float16", (3072,)), ("float16", (1, 3072))
+    assert measuring.count_copies(product, (1, 2), 200 * 2**20, "cuda:0") == 23  # of 4.5 MiB
+    assert measuring.count_copies(product, (1, 2), 49 * 2**20, "cuda:0") == 1
+    assert measuring.count_copies(product, (2,), 200 * 2**20, "cuda:0") == 1  # 256 of them would not fill it
+    assert measuring.count_copies(product, (), 200 * 2**20, "cuda:0") == 1
+    assert (
+        measuring.count_copies([("float16", (2**16, 2**12))], (0,), 2**30, "cuda:0") == 1
+    )  # more than twice the cache
+
+
+def test_each_set_of_arguments_has_copies_of_what_is_given(tvm):
+    x, weight, y = torch.randn(3), torch.randn(2, 3, dtype=torch.float16), torch.zeros(2)
+    sets = [[torch.from_dlpack(each) for each in each_set] for each_set in argument_sets([x, weight, y], (1,), 3)]
+    places = [[tensor.data_ptr() for tensor in each_set] for each_set in sets]
+    assert [place[::2] for place in places] == [[x.data_ptr(), y.data_ptr()]] * 3
+    assert len({place[1] for place in places}) == 3 and all(torch.equal(each[1], weight) for each in sets)
+    assert len({place[1] % ALIGNMENT for place in places}) == 1

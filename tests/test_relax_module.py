@@ -11,6 +11,7 @@ from products import rounded_to_tf32
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm, import_to_relax
 from tvm_items.relax_module import prepare, tuned_module
+from tvm_items.tasks import extract_tasks
 
 
 class Block(torch.nn.Module):
@@ -52,6 +53,18 @@ def test_what_follows_a_matrix_product_fuses_with_it(tvm):
         "layer_norm",
         "transpose",
     ]
+
+
+@torch.no_grad()
+def test_tasks_know_what_no_kernel_computes(tvm):
+    """The image, and what was made of weights, as the transposed ones of Linear layers; a residual is none of it."""
+    exported, target = export_for_tvm(Block().eval(), {"x": torch.randn(2, 3, 6, 6)}), tvm.target.Target("llvm")
+    tasks = extract_tasks(tuned_module(exported, target)[0], target)
+    given = {re.sub(r"\d+", "", task.name): [task.arguments[i][1] for i in task.given] for task in tasks}
+    assert given["fused_matmul_add_multiply_add"] == [(32, 8), (8,), (8,)]
+    assert given["transpose"] == [(2, 3, 6, 6)] and given["fused_reshape_transpose"] == []
+    (norm,) = (task for task in tasks if task.name == "layer_norm")
+    assert norm.given_bytes == 2 * 8 * 4
 
 
 class Pooled(torch.nn.Module):

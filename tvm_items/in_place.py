@@ -10,11 +10,10 @@ import torch
 
 from tvm_items.attention import constant_value
 from tvm_items.reductions import is_without_reduction
-from tvm_items.relax_rewrites import bindings_of, call_as_one, find_calls, with_values
+from tvm_items.relax_rewrites import WRITE, bindings_of, call_as_one, find_calls, with_values
 
 aten = torch.ops.aten
 INDEX_COPY = aten.index_copy.default
-WRITE = "relax.call_tir_inplace"
 OPAQUE = 8  # TVM's OpPatternKind of a function that FuseOps leaves alone
 
 

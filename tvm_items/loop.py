@@ -80,6 +80,7 @@ class TuningLoop:
     ):
         self.target_json, self.device, self.tolerance, self.scratch = target_json, device, tolerance, scratch
         self.asked_trials, self.limit_s, self.searches = asked_trials, limit_s, asked_trials is not None
+        self.given_bytes = sum(task.launches * task.given_bytes for task in tasks)
         self.journal = Journal(path, origin)
         if not self.searches:  # the time may not do for all
             tasks = sorted(tasks, key=lambda task: -task.launches * task.flops)
@@ -228,7 +229,8 @@ class TuningLoop:
     def submit_measurement(self):
         job = self.to_measure.popleft()
         state, best_s = job.state, job.state.best_s if math.isfinite(job.state.best_s) else None
-        arguments = (state.task.arguments, job.library, state.reference_library, self.device, self.tolerance, best_s)
+        libraries, given = (job.library, state.reference_library), (state.task.given, self.given_bytes)
+        arguments = (state.task.arguments, *libraries, self.device, self.tolerance, best_s, *given)
         self.measurer.submit(measure, *arguments, timeout_s=MEASURE_TIMEOUT_S, label=job)
 
     def will_build(self, state, candidates):

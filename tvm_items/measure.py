@@ -12,7 +12,7 @@ from tvm_items.executable import export_library
 from tvm_items.lowering import tir_pipeline
 from tvm_items.spaces import cached_design_spaces
 from tvm_items.target import load_target
-from tvm_items.tasks import default_schedule
+from tvm_items.tasks import bytes_of, default_schedule
 
 REPEATS, MIN_REPEAT_S = 3, 2e-3  # a measurement is the median of so many repeats, each at least so long
 POISON = 0xFF  # every byte of a candidate's outputs before it runs: NaN in all floating-point formats, -1 in integers
@@ -21,6 +21,7 @@ POISON = 0xFF  # every byte of a candidate's outputs before it runs: NaN in all 
 GUARDS = range(-63, 0)  # the bits, as int16
 GUARD_BYTES = 2**18  # between two buffers: more than a tile, and next to nothing to fill and compare
 ALIGNMENT = 512  # of a buffer in bytes, as PyTorch's allocator for CUDA has it
+MAX_COPIES = 256  # of less, so many fit into the L2 cache: it is there while a candidate is timed
 MAX_SLOWDOWN_TO_REPEAT = 4  # a candidate that is so many times slower than the best of its task is measured no further
 
 
@@ -71,12 +72,14 @@ def schedule_candidate(module_json, target_json, space, decisions):
     return RemoveWeightLayoutRewriteBlock(skip_tensor_rewrite=True)(realized[0])
 
 
-def measure(arguments, library, reference_library, device, tolerance, best_s):
+def measure(arguments, library, reference_library, device, tolerance, best_s, given=(), model_bytes=0):
     """Runs a built candidate and returns its Measurement.
 
-    arguments: the Task's. library, reference_library: paths of the candidate and of TVM's default schedule, whose
-    outputs must agree within `tolerance`. device: "cpu" or "cuda:N". best_s: the task's best so far in seconds, None
-    for what is measured first, TVM's default schedule.
+    arguments, given: the Task's. library, reference_library: paths of the candidate and of TVM's default schedule,
+    whose outputs must agree within `tolerance`. device: "cpu" or "cuda:N". best_s: the task's best so far in seconds,
+    None for what is measured first, TVM's default schedule. model_bytes: of what is given to all tasks of the model.
+    Where that does not fit into the L2 cache of a GPU, it comes from memory in each inference: the candidate is timed
+    with copies of its own share in turns. What else it reads was written just before, by other kernels.
 
     The candidate is checked before it is timed. One that is faster than the best so far is checked again: a further run
     must give the same bits as the last timed one, and it must be right for other inputs.
@@ -96,7 +99,9 @@ def measure(arguments, library, reference_library, device, tolerance, best_s):
 
     def seconds(calls, repeats):
         if calls > 1 and device != "cpu":
-            return time_in_graph(lambda: module["main"](*shared), device, calls, repeats)
+            copies = count_copies(arguments, given, model_bytes, device)
+            sets = argument_sets(buffers.tensors, given, copies) if copies > 1 else [shared]
+            return time_in_graph(module["main"], sets, device, calls, repeats)
         return module.time_evaluator("main", tvm_device, number=calls, repeat=repeats)(*shared).results
 
     try:
@@ -116,10 +121,39 @@ def measure(arguments, library, reference_library, device, tolerance, best_s):
     return Measurement(median_s)
 
 
-def time_in_graph(run, device, calls, repeats):
+def count_copies(arguments, given, model_bytes, device):
+    """Returns how many copies of what a task is given are twice as much as the device's L2 cache holds.
+
+    1 where it holds what all tasks of the model are given, or where that takes too many. The rest is as in measure().
+    """
+    own_bytes = sum(bytes_of(*arguments[number]) for number in given)
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    if model_bytes <= cache_bytes or MAX_COPIES * own_bytes < 2 * cache_bytes:
+        return 1
+    return math.ceil(2 * cache_bytes / own_bytes)
+
+
+def argument_sets(tensors, given, copies):
+    """Returns so many lists of a kernel's arguments as TVM tensors, each with copies of its own of what is given."""
+    import tvm
+
+    sets = [list(tensors) for _ in range(copies)]
+    for number in given:
+        tensor = tensors[number]
+        size = tensor.numel() * tensor.itemsize
+        line = -(-size // ALIGNMENT) * ALIGNMENT
+        copied = torch.empty((copies, line), dtype=torch.uint8, device=tensor.device)
+        copied[:, :size] = tensor.view(-1).view(torch.uint8)
+        for arguments, copy in zip(sets, copied):
+            arguments[number] = copy[:size].view(tensor.dtype).view(tensor.shape)
+    return [[tvm.runtime.from_dlpack(tensor) for tensor in arguments] for arguments in sets]
+
+
+def time_in_graph(run, sets, device, calls, repeats):
     """Returns the seconds of one run() on a CUDA device, `repeats` times the mean of `calls` in a CUDA graph.
 
     So it runs in the model, too. Launched one by one, all kernels of less than about 5 µs take as long as their launch.
+    sets: lists of its arguments, which it gets in turns.
     """
     import tvm_ffi
 
@@ -127,8 +161,8 @@ def time_in_graph(run, device, calls, repeats):
     timers = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     with tvm_ffi.use_torch_stream(torch.cuda.stream(stream)):
         graph.capture_begin()
-        for _ in range(calls):
-            run()
+        for call in range(calls):
+            run(*sets[call % len(sets)])
         graph.capture_end()
         graph.replay()
         for start, end in timers:
@@ -176,7 +210,7 @@ class Buffers:
 
     def __init__(self, arguments, device):
         end, self.guards, spans = 0, [], []
-        sizes = [math.prod(shape) * getattr(torch, dtype_name).itemsize for dtype_name, shape in arguments]
+        sizes = [bytes_of(*argument) for argument in arguments]
         for size in (*sizes, 0):  # an empty one at the end
             start = -(-(end + GUARD_BYTES) // ALIGNMENT) * ALIGNMENT
             self.guards.append(slice(end, start))

@@ -1,5 +1,7 @@
 """What passes over Relax share: rewriting functions, joining calls, permutations, products by a transposed weight."""
 
+CALL, WRITE = "relax.call_tir", "relax.call_tir_inplace"  # of a TIR function, and of one that writes into an argument
+
 
 def mutate_functions(mutator_class):
     """Returns a pass that rewrites each Relax function of a module by a PyExprMutator, and drops what is unused."""
@@ -21,7 +23,7 @@ def bindings_of(function):
     return [binding for block in function.body.blocks for binding in block.bindings]
 
 
-def find_calls(function, operators=("relax.call_tir",)):
+def find_calls(function, operators=(CALL,)):
     """Returns {variable: call of a TIR function by one of the operators} for a Relax function, in its order."""
     return {
         binding.var: binding.value

@@ -2,8 +2,12 @@
 
 import contextlib
 import dataclasses
+import math
+
+import torch
 
 from tvm_items.lowering import rules_that_decline
+from tvm_items.relax_rewrites import WRITE, find_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,19 @@ class Task:
     module_json: str  # the IRModule before scheduling, in TVM's JSON
     arguments: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, shape) each: inputs and weights, then outputs
     flops: float = 0.0  # of a launch, as TVM counts them; 0 where it cannot
+    # The numbers of those arguments that no kernel of an inference computes: inputs, weights, what was made of weights
+    # once, and a cache of which a kernel writes one position.
+    given: tuple[int, ...] = ()
+
+    @property
+    def given_bytes(self):
+        """The bytes of these arguments."""
+        return sum(bytes_of(*self.arguments[number]) for number in self.given)
+
+
+def bytes_of(dtype, shape):
+    """Returns the bytes of a tensor."""
+    return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
 def extract_tasks(module, target):
@@ -29,15 +46,25 @@ def extract_tasks(module, target):
 
     of_inference = {name: f for name, f in module.functions.items() if name.name_hint != "main_transform_params"}
     module = relax.transform.DeadCodeElimination(["main"])(tvm.IRModule(of_inference))
-    tasks = []
+    given, tasks = find_given(module["main"]), []
     for task in extract_tasks(module, target):
         sizes = [size for parameter in task.mod["main"].params for size in parameter.ty.shape]
         if all(isinstance(size, tvm.tirx.IntImm) for size in sizes):
-            tasks.append(make_task(task.mod, task.task_name, int(task.weight)))
+            tasks.append(make_task(task.mod, task.task_name, int(task.weight), given.get(task.task_name, ())))
     return tasks
 
 
-def make_task(module, name, launches):
+def find_given(main):
+    """Returns {name of a TIR function: Task.given, of each of its calls} of a Relax function."""
+    given, found = {*main.params, *find_calls(main, [WRITE])}, {}
+    for call in find_calls(main).values():
+        numbers = {number for number, argument in enumerate(call.args[1]) if argument in given}
+        name = call.args[0].name_hint
+        found[name] = found.get(name, numbers) & numbers
+    return {name: tuple(sorted(numbers)) for name, numbers in found.items()}
+
+
+def make_task(module, name, launches, given=()):
     """Returns the Task of an IRModule whose "main" is one fused operator, before scheduling."""
     import tvm
     from tvm.s_tir.analysis import estimate_tir_flops
@@ -47,7 +74,7 @@ def make_task(module, name, launches):
     with contextlib.suppress(Exception):  # a loop whose length depends on data
         flops = float(estimate_tir_flops(module))
     arguments = tuple((str(p.ty.dtype), tuple(int(size) for size in p.ty.shape)) for p in parameters)
-    return Task(shash2hex(module), name, launches, tvm.ir.save_json(module), arguments, flops)
+    return Task(shash2hex(module), name, launches, tvm.ir.save_json(module), arguments, flops, given)
 
 
 def default_schedule(module, target):
