@@ -1,5 +1,6 @@
 """What is rewritten in the exported graph before it is tuned."""
 
+import pytest
 import torch
 
 from tvm_items.graph import simplify
@@ -101,3 +102,25 @@ def test_a_product_without_bias_joins_those_with_one():
     simplify(exported)
     torch.testing.assert_close(exported.module()(x=x), expected)
     assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1
+
+
+class TwoProducts(torch.nn.Module):
+    """The sum of a Linear layer's product, of two dimensions, and of a batched one, of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.weight = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.randn(1, 8, 8))
+
+    def forward(self, x):
+        return (self.linear(x) + torch.bmm(x, self.weight)).relu()
+
+
+@torch.no_grad()
+@pytest.mark.timeout(60)
+def test_operators_on_two_products_are_moved_in_front_of_one_of_them():
+    model, x = TwoProducts(), torch.randn(1, 6, 8)
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), model(x))
+    calls = [str(node.target).split(".")[1] for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls[-3:] == ["add", "relu", "reshape"]

@@ -6,6 +6,7 @@ from tvm_items.constants import fold_batch_norms, is_pointwise, merge_parallel_p
 
 aten = torch.ops.aten
 VIEW, PERMUTE = aten.view.default, aten.permute.default
+INSERTED = "inserted"  # in the `meta` of what brings an operand into another's form
 MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
@@ -123,10 +124,12 @@ def move_in_front_of_an_operand(node, behind):
     """Moves a pointwise operator in front of one of its operands, and returns whether there was one that allows it.
 
     It must be a view or a permutation of a node of `behind` that nothing else reads, and the operator's other operands
-    must be there in the form of that node.
+    must be there in the form of that node. What brought one into that form is not moved back.
     """
     for operand in node.all_input_nodes:
         if operand.target not in (VIEW, PERMUTE) or len(operand.users) != 1 or operand.args[0] not in behind:
+            continue
+        if INSERTED in operand.meta:
             continue
         if shape(node) != shape(operand):
             continue
@@ -179,5 +182,5 @@ def insert_after(node, target, arguments, value):
     """Returns a new node target(node, arguments) behind `node`; `value` has its shape, dtype and order in memory."""
     with node.graph.inserting_after(node):
         inserted = node.graph.call_function(target, (node, arguments))
-    inserted.meta["val"] = value
+    inserted.meta |= {"val": value, INSERTED: True}
     return inserted
