@@ -8,6 +8,16 @@ from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functi
 from tvm_items.target import is_ampere_or_later
 from tvm_items.tf32 import mark_tf32, round_operands
 
+# Of images or signals and of weights. Tensor cores need channels last, for which TVM 0.27 has no transposed
+# convolutions; unless told so, its ConvertLayout gives it to them, too. Convolutions over three dimensions are left as
+# they are: they cut videos into patches, whose lines are in one piece as it is.
+LAYOUTS = {
+    "relax.nn.conv2d": ["NHWC", "HWIO"],
+    "relax.nn.conv1d": ["NWC", "WIO"],
+    "relax.nn.conv2d_transpose": ["NCHW", "IOHW"],
+    "relax.nn.conv1d_transpose": ["NCW", "IOW"],
+}
+
 
 def tuned_module(exported, target, allow_tf32=False):
     """Returns (prepared Relax module, the model's weights as TVM tensors) of a decomposed ExportedProgram.
@@ -30,7 +40,7 @@ def prepare(module, target, allow_tf32):
     from tvm import relax
 
     passes = [
-        relax.transform.ConvertLayout(channels_last(module)),
+        relax.transform.ConvertLayout(LAYOUTS),
         widen_channels(allow_tf32),
         cancel_permutations(),
         read_odd_weights_along_terms(),
@@ -49,26 +59,6 @@ def prepare(module, target, allow_tf32):
     with target, tvm.transform.PassContext(opt_level=3):
         module = tvm.transform.Sequential(passes)(module)
     return mark_tf32(module) if allow_tf32 else module
-
-
-def channels_last(module):
-    """Returns the layouts, as ConvertLayout takes them, that tensor cores need for the convolutions of a Relax module.
-
-    Those over three dimensions cut videos into patches, whose lines are in one piece as it is. Those over one stay as
-    they are beside transposed ones, for which TVM has no such layout, and which ConvertLayout would give it, too.
-    """
-    from tvm import relax
-
-    called = set()
-
-    def look(part):
-        called.add(getattr(getattr(part, "op", None), "name", None))
-
-    for _, function in module.functions_items():
-        if isinstance(function, relax.Function):
-            relax.analysis.post_order_visit(function, look)
-    layouts = {"relax.nn.conv2d": ["NHWC", "HWIO"]}
-    return layouts if "relax.nn.conv1d_transpose" in called else layouts | {"relax.nn.conv1d": ["NWC", "WIO"]}
 
 
 def widen_channels(allow_tf32):
