@@ -227,7 +227,9 @@ def no_network(tmp_path):
             marks=pytest.mark.slow,
         ),
         ({"model_type": "detr", "use_timm_backbone": True}, "timm"),
-        ({"model_type": "timm_wrapper", "architecture": "hf-hub:owner/repo"}, "timm"),
+        pytest.param(
+            {"model_type": "timm_wrapper", "architecture": "hf-hub:owner/repo"}, "timm", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_no_network_for_a_local_directory(command, write_model, no_network, tmp_path, config, says):
