@@ -288,9 +288,8 @@ def markdown(table):
 
 def move_superseded(path, history):
     """Moves the rows that do not count any more to the compressed CSV `history`, behind those that are there."""
-    rows = read_all_rows(path)
-    kept = {(row["model_type"], row["test"]): row for row in rows}
-    before = read_all_rows(history)
+    rows, before = read_all_rows(path), read_all_rows(history)
+    kept = find_latest(rows)
     superseded = [row for row in rows if kept[row["model_type"], row["test"]] is not row and row not in before]
     for target, lines in ((history, [*before, *superseded]), (path, kept.values())):
         text = io.StringIO()
@@ -303,7 +302,12 @@ def move_superseded(path, history):
 
 def read_rows(path):
     """Returns {(model type, test): its latest row}."""
-    return {(row["model_type"], row["test"]): row for row in read_all_rows(path)}
+    return find_latest(read_all_rows(path))
+
+
+def find_latest(rows):
+    """Returns {(model type, test): the last row of it}."""
+    return {(row["model_type"], row["test"]): row for row in rows}
 
 
 def read_all_rows(path):

@@ -195,7 +195,7 @@ def test_what_is_measured_with_a_mask_sees_something(tvm, tmp_path):
     assert mask.any() and not mask.all() and torch.equal(y != 0, mask)
 
 
-# ---- What is not in the cache -------------------------------------------------------------------------------
+# ---- What is not in the cache ----------------------------------------------------------------------------------------
 
 
 def test_what_a_task_is_given_is_in_the_cache_only_if_all_of_the_models_fits(monkeypatch):
@@ -206,9 +206,8 @@ def test_what_a_task_is_given_is_in_the_cache_only_if_all_of_the_models_fits(mon
     assert measuring.count_copies(product, (1, 2), 49 * 2**20, "cuda:0") == 1
     assert measuring.count_copies(product, (2,), 200 * 2**20, "cuda:0") == 1  # 256 of them would not fill it
     assert measuring.count_copies(product, (), 200 * 2**20, "cuda:0") == 1
-    assert (
-        measuring.count_copies([("float16", (2**16, 2**12))], (0,), 2**30, "cuda:0") == 1
-    )  # more than twice the cache
+    head = [("float16", (2**16, 2**12))]  # more than twice the cache
+    assert measuring.count_copies(head, (0,), 2**30, "cuda:0") == 1
 
 
 def test_each_set_of_arguments_has_copies_of_what_is_given(tvm):

@@ -10,7 +10,7 @@ import torch
 
 from tvm_items.attention import constant_value
 from tvm_items.reductions import is_without_reduction
-from tvm_items.relax_rewrites import WRITE, bindings_of, call_as_one, find_calls, with_values
+from tvm_items.relax_rewrites import WRITE, bindings_of, find_calls, join_calls
 
 aten = torch.ops.aten
 INDEX_COPY = aten.index_copy.default
@@ -113,15 +113,13 @@ def fuse_into_writes():
             return module
         calls = find_calls(main) | writes
         read = collections.Counter(var for b in bindings_of(main) for var in relax.analysis.free_vars(b.value))
-        builder = relax.BlockBuilder(module)
-        joined = {}
-        for var, write in writes.items():
-            _, _, new = write.args[1]
-            if new in calls and read[new] == 1 and is_without_reduction(module[calls[new].args[0]]):
-                joined[var] = call_as_one(builder, [new, var], calls)
-        builder.update_func(module.get_global_var("main"), with_values(main, joined))
-        passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
-        return tvm.transform.Sequential(passes)(builder.get())
+        pairs = [[write.args[1][2], var] for var, write in writes.items()]
+        groups = [
+            [new, var]
+            for new, var in pairs
+            if new in calls and read[new] == 1 and is_without_reduction(module[calls[new].args[0]])
+        ]
+        return join_calls(module, groups, calls)
 
     return fuse
 

@@ -4,7 +4,7 @@ import collections
 import math
 
 from tvm_items.lowering import is_s_tir
-from tvm_items.relax_rewrites import bindings_of, call_as_one, find_calls, with_values
+from tvm_items.relax_rewrites import bindings_of, find_calls, join_calls
 from tvm_items.templates.expressions import is_load
 
 
@@ -16,22 +16,13 @@ def fuse_around_reductions():
     bf16, which is computed in fp32, is three as well. What others read too stays, and is computed once more here.
     """
     import tvm
-    from tvm import relax
 
     @tvm.transform.module_pass(opt_level=0)
     def fuse(module, _):
-        builder = relax.BlockBuilder(module)
-        main = module["main"]
-        calls = find_calls(main)
-        joined = {}
-        for var, call in calls.items():
-            if is_row_reduction(module[call.args[0]]):
-                group = find_group(module, main, calls, var)
-                if len(group) > 1:
-                    joined[group[-1]] = call_as_one(builder, group, calls)
-        builder.update_func(module.get_global_var("main"), with_values(main, joined))
-        passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
-        return tvm.transform.Sequential(passes)(builder.get())
+        calls = find_calls(module["main"])
+        reductions = [var for var, call in calls.items() if is_row_reduction(module[call.args[0]])]
+        groups = [find_group(module, module["main"], calls, var) for var in reductions]
+        return join_calls(module, [group for group in groups if len(group) > 1], calls)
 
     return fuse
 

@@ -32,6 +32,21 @@ def find_calls(function, operators=(CALL,)):
     }
 
 
+def join_calls(module, groups, calls):
+    """Returns a Relax module in whose `main` the calls of each group are one, of one TIR function.
+
+    groups: lists of variables in their order, of which the last is what a group gives. calls: find_calls()'s.
+    """
+    import tvm
+    from tvm import relax
+
+    builder = relax.BlockBuilder(module)
+    joined = {group[-1]: call_as_one(builder, group, calls) for group in groups}
+    builder.update_func(module.get_global_var("main"), with_values(module["main"], joined))
+    passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
+    return tvm.transform.Sequential(passes)(builder.get())
+
+
 def call_as_one(builder, group, calls):
     """Adds a function of the calls in a group, of which FuseTIR makes one TIR function, and returns a call of it."""
     from tvm import relax
