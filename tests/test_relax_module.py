@@ -1,12 +1,13 @@
 """What a module has become before it is tuned: what fuses, and in which order its tensors are in memory."""
 
+import json
 import re
 
 import pytest
 import torch
 import transformers
 
-from conftest import make_case
+from conftest import H200, make_case
 from products import rounded_to_tf32
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm, import_to_relax
@@ -163,6 +164,30 @@ def test_a_weight_with_odd_columns_is_read_along_its_terms(tvm):
     run = compile_plainly(module, weights, exported, x, target)
     for output, expected in zip(run(), model(x)):
         torch.testing.assert_close(torch.from_dlpack(output), expected, rtol=1e-2, atol=1e-2)
+
+
+class Step(torch.nn.Module):
+    """Products whose weights are (columns, terms), as Linear has them, and (terms, columns), as GPT-2's Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv1d = torch.nn.Linear(16, 24), torch.nn.Parameter(torch.randn(24, 8) / 5)
+
+    def forward(self, x):
+        return self.linear(x).relu() @ self.conv1d
+
+
+@pytest.mark.parametrize("rows, read", [(1, {(24, 16), (8, 24)}), (2, {(16, 24), (24, 8)})])
+@torch.no_grad()
+def test_weights_are_read_along_their_terms_for_a_single_row(tvm, rows, read):
+    torch.manual_seed(0)
+    model, x = Step().eval().half(), torch.randn(1, rows, 16, dtype=torch.float16)
+    exported, cpu = export_for_tvm(model, {"x": x}), tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    module, weights = tuned_module(exported, tvm.target.Target(json.loads(H200)))
+    products = [function for name, function in module.functions_items() if "matmul" in name.name_hint]
+    assert {tuple(int(size) for size in function.params[1].shape) for function in products} == read
+    (output,) = compile_plainly(module, weights, exported, x, cpu)()
+    torch.testing.assert_close(torch.from_dlpack(output), model(x), rtol=1e-2, atol=1e-2)
 
 
 CONVOLUTIONS = [  # (arguments of Conv2d, (height, width, channels) of its image, (kernel's height, width) by then)

@@ -3,8 +3,8 @@
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
 from tvm_items.in_place import fuse_into_writes
-from tvm_items.reductions import fuse_around_reductions
-from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, permute
+from tvm_items.reductions import fuse_around_reductions, size_of
+from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, permute, weights_of
 from tvm_items.target import is_ampere_or_later
 from tvm_items.tf32 import mark_tf32, round_operands
 
@@ -43,7 +43,7 @@ def prepare(module, target, allow_tf32):
         relax.transform.ConvertLayout(LAYOUTS),
         widen_channels(allow_tf32),
         cancel_permutations(),
-        read_odd_weights_along_terms(),
+        read_weights_along_terms(target),
         *([round_operands()] if allow_tf32 else []),
         relax.transform.LiftTransformParams(),
         *relax.pipeline.library_dispatch_passes(target),
@@ -139,11 +139,13 @@ def cancel_permutations():
     return cancel
 
 
-def read_odd_weights_along_terms():
-    """Returns a pass that leaves the weight of some products of Linear layers as it is, (columns, terms).
+def read_weights_along_terms(target):
+    """Returns a pass that lets some products read their weight as Linear layers have it, (columns, terms).
 
-    Those of 16 bits with, say, BERT's 30522 columns: lines of the transposed weight would not begin at multiples of 16
-    bytes, as TMA and wide copies want them.
+    Those of Linear layers of 16 bits with, say, BERT's 30522 columns: lines of the transposed weight would not begin at
+    multiples of 16 bytes, as TMA and wide copies want them. And on CUDA those of a single row, as a decode step has:
+    there a product takes the time to read its weight, and a thread that reads along the terms has a part of one sum
+    only (templates/gemv.py).
     """
     import tvm
     from tvm import relax
@@ -151,8 +153,12 @@ def read_odd_weights_along_terms():
 
     @mutator
     class Reader(PyExprMutator):
+        def __init__(self, module):
+            super().__init__(module)
+            self.weights = set(weights_of(module["main"]))
+
         def visit_call_(self, call):
-            weight = self.find_odd_weight(call)
+            weight = self.find_weight(call)
             if weight is None:
                 return super().visit_call_(call)
             source = self.visit_expr(call.args[0])
@@ -160,19 +166,22 @@ def read_odd_weights_along_terms():
                 multiply_transposed, source, weight, call.ty.dtype, primfunc_name_hint="matmul"
             )
 
-        def find_odd_weight(self, call):
-            """Returns the Relax variable of such a weight, None where the call is of another kind."""
-            if call.op != tvm.ir.Op.get("relax.matmul"):
+        def find_weight(self, call):
+            """Returns the Relax variable of such a weight, (columns, terms), None where the call is of another kind."""
+            if call.op != tvm.ir.Op.get("relax.matmul") or not isinstance(call.args[1], relax.Var):
                 return None
-            if not isinstance(call.args[1], relax.Var):  # a constant
+            right = call.args[1]
+            permutation = self.lookup_binding(right)
+            is_linear = getattr(permutation, "op", None) == tvm.ir.Op.get("relax.permute_dims")
+            if right.ty.ndim != 2 or (is_linear and axes_of(permutation) != [1, 0]):
                 return None
-            permutation = self.lookup_binding(call.args[1])
-            if getattr(permutation, "op", None) != tvm.ir.Op.get("relax.permute_dims"):
+            if not is_linear and right not in self.weights:
                 return None
-            weight = permutation.args[0]
-            if weight.ty.ndim != 2 or axes_of(permutation) != [1, 0] or weight.ty.dtype not in ("float16", "bfloat16"):
+            terms, columns = map(int, right.ty.shape)
+            is_odd = is_linear and columns % 8 != 0 and right.ty.dtype in ("float16", "bfloat16")
+            is_for_one_row = target.kind.name == "cuda" and size_of(call.args[0]) == terms
+            if terms % 8 or not (is_odd or is_for_one_row):
                 return None
-            columns, terms = map(int, weight.ty.shape)
-            return weight if columns % 8 and not terms % 8 else None
+            return permutation.args[0] if is_linear else self.builder_.emit(permute(right, [1, 0]))
 
     return mutate_functions(Reader)

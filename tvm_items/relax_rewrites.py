@@ -23,6 +23,11 @@ def bindings_of(function):
     return [binding for block in function.body.blocks for binding in block.bindings]
 
 
+def weights_of(function):
+    """Returns those parameters of a Relax function that are weights, and no inputs."""
+    return list(function.params)[int(function.attrs["num_input"]) :]
+
+
 def find_calls(function, operators=(CALL,)):
     """Returns {variable: call of a TIR function by one of the operators} for a Relax function, in its order."""
     return {

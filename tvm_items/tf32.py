@@ -9,7 +9,7 @@ import collections
 import math
 
 from tvm_items.reductions import blocks_of
-from tvm_items.relax_rewrites import multiply_transposed, mutate_functions, permute
+from tvm_items.relax_rewrites import multiply_transposed, mutate_functions, permute, weights_of
 from tvm_items.templates.expressions import rounded_to_tf32
 from tvm_items.templates.gemv import MAX_ROWS
 from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
@@ -150,11 +150,6 @@ def find_operands(function):
             if feeds_products(operand) and is_fused(operand):
                 results.add(operand)
     return weights, results
-
-
-def weights_of(function):
-    """Returns those parameters of a Relax function that are weights, and no inputs."""
-    return list(function.params)[int(function.attrs["num_input"]) :]
 
 
 def name_of(value):
