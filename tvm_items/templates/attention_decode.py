@@ -89,7 +89,8 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
         if is_whole:
             return score
         is_in = T.And(in_part(step, k, row) < part, number * part + in_part(step, k, row) < a.key_count)
-        return T.Select(is_in, score, T.float32(-math.inf))
+        # No Select, of which both sides are computed: TVM leaves out nearest()'s limit where is_in stands for it.
+        return T.if_then_else(is_in, score, T.float32(-math.inf))
 
     def average(sums, total):  # of a query that sees no key the total is 0, and so are its sums
         return T.Cast(a.dtype, sums / T.max(total, T.float32(1e-30)))
