@@ -6,6 +6,7 @@
 // has waited for all that it reads and has overwritten nothing that was still to be read.
 //
 // The blocks of a cluster run at once, in turns; clusters, and blocks without one, run one after another.
+#include <signal.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -98,6 +99,8 @@ inline void fail(const std::string& message) {
   if (error.empty()) error = message;
   for (;;) give_way();  // the scheduler ends
 }
+
+inline void on_fault(int) { fail("memory: an access outside of the arguments"); }  // of the thread that runs
 
 template <class Last>
 void meet(Gate& gate, int size, Last last) {  // the one who comes last does last()
@@ -562,6 +565,9 @@ const char* launch(void (*kernel)(P...), void** arguments, const int* grid, cons
   bind_arguments(kernel, arguments, std::index_sequence_for<P...>());
   grid_size = {grid[0], grid[1], grid[2]}, block_size = {block[0], block[1], block[2]}, is_late = late;
   error.clear();
+  struct sigaction fault = {}, before;
+  fault.sa_handler = on_fault;
+  sigaction(SIGSEGV, &fault, &before);
   while ((int)cluster.size() < depth) cluster.push_back(std::make_unique<Block>());
   cluster.resize(depth);
   for (int z = 0; z < grid[2]; z += depth)
@@ -571,6 +577,7 @@ const char* launch(void (*kernel)(P...), void** arguments, const int* grid, cons
         for (int i = 0; i < depth; i++) begin_block(*cluster[i], {x, y, z + i});
         run_cluster();
       }
+  sigaction(SIGSEGV, &before, nullptr);
   return error.c_str();
 }
 

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import mmap
 import os
 import re
 import struct
@@ -20,8 +21,8 @@ import torch
 
 from ptx_to_cpp import translate_assembly
 
-HEADER = Path(__file__).with_suffix(".h")
-GUARD_BYTES = 4096  # of NaN, in front of each argument and behind it
+HEADER, HEADERS, LIBC = Path(__file__).with_suffix(".h"), "headers.h", ctypes.CDLL(None)
+PAGE_BYTES, ALIGNMENT = mmap.PAGESIZE, 16  # what a kernel may count on is ALIGNMENT: it loads so many bytes at once
 
 
 def emulate(module, target, arguments, pipeline=None):
@@ -29,8 +30,7 @@ def emulate(module, target, arguments, pipeline=None):
 
     module: IRModule of one PrimFunc. arguments: CPU tensors in the order of its parameters. They are left as they are;
     returns their values after each of the two runs, as two lists of tensors. pipeline: the name of one of TVM's for
-    TIR, its default one if None. Raises RuntimeError for a kernel that hangs, accesses shared memory where it must not,
-    or writes out of its arguments.
+    TIR, its default one if None. Raises RuntimeError for a kernel that hangs, or accesses memory where it must not.
     """
     return run(*generate(module, target, pipeline), arguments)
 
@@ -42,16 +42,16 @@ def run(source, launches, buffers, arguments):
     for is_late in (True, False):
         values = [tensor.clone() for tensor in arguments]
         held = []  # what pointers point to
-        memories = [guarded(tensor) for tensor in values] + [np.full(size, 0xFF, np.uint8) for size in buffers]
-        starts = [GUARD_BYTES] * len(values) + [0] * len(buffers)
+        memories = [Memory(as_bytes(tensor)) for tensor in values]
+        memories += [Memory(np.full(size, 0xFF, np.uint8)) for size in buffers]
         for launch in launches:
             pointers = []
             for kind, value in launch.arguments:
                 if kind == "map":
-                    held.append(value.encode(memories[value.buffer].ctypes.data + starts[value.buffer]))
+                    held.append(value.encode(memories[value.buffer].address))
                     pointers.append(ctypes.addressof(held[-1]))
                 else:
-                    pointers.append(memories[value].ctypes.data + starts[value] if kind == "buffer" else value)
+                    pointers.append(memories[value].address if kind == "buffer" else value)
             message = getattr(library, f"launch_{launch.kernel}")(
                 (ctypes.c_void_p * len(pointers))(*pointers),
                 (ctypes.c_int * 3)(*launch.grid),
@@ -62,22 +62,39 @@ def run(source, launches, buffers, arguments):
             if message:
                 raise RuntimeError(f"{launch.kernel}: {message.decode()}")
         for tensor, memory in zip(values, memories):
-            inside = memory[GUARD_BYTES:-GUARD_BYTES]
-            if not (memory[:GUARD_BYTES] == 0xFF).all() or not (memory[-GUARD_BYTES:] == 0xFF).all():
-                raise RuntimeError("written out of bounds")
-            tensor.copy_(torch.from_numpy(inside).view(tensor.dtype).view(tensor.shape))
+            tensor.copy_(torch.from_numpy(memory.read()).view(tensor.dtype).view(tensor.shape))
         results.append(values)
     return results
 
 
-def guarded(tensor):
-    """Returns a copy of a tensor's bytes as a NumPy array, with bytes of NaN around it, aligned as on a device."""
-    values = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    raw = np.full(values.size + 2 * GUARD_BYTES + 512, 0xFF, np.uint8)
-    start = -raw.ctypes.data % 512
-    memory = raw[start : start + values.size + 2 * GUARD_BYTES]
-    memory[GUARD_BYTES:-GUARD_BYTES] = values
-    return memory
+def as_bytes(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+class Memory:
+    """Bytes at an address between two pages that cannot be accessed, and next to the second.
+
+    What lies between them and those pages are bytes of NaN, which read() raises RuntimeError for if they have changed.
+    """
+
+    def __init__(self, values):
+        inside = -(-values.size // PAGE_BYTES) * PAGE_BYTES
+        self.mapping = mmap.mmap(-1, inside + 2 * PAGE_BYTES)
+        whole = np.frombuffer(self.mapping, np.uint8)
+        for page in (0, PAGE_BYTES + inside):
+            if LIBC.mprotect(ctypes.c_void_p(whole.ctypes.data + page), ctypes.c_size_t(PAGE_BYTES), 0):
+                raise OSError("mprotect")
+        self.bytes, self.size = whole[PAGE_BYTES:-PAGE_BYTES], values.size
+        self.start = (inside - values.size) // ALIGNMENT * ALIGNMENT
+        self.bytes[:] = 0xFF
+        self.bytes[self.start : self.start + self.size] = values
+        self.address = self.bytes.ctypes.data + self.start
+
+    def read(self):
+        end = self.start + self.size
+        if not (self.bytes[: self.start] == 0xFF).all() or not (self.bytes[end:] == 0xFF).all():
+            raise RuntimeError("written out of bounds")
+        return self.bytes[self.start : end].copy()
 
 
 # ---- What TVM generates ---------------------------------------------------------------------------------------------
@@ -207,6 +224,9 @@ def read_tensor_map(call, numbers):
 # ---- From CUDA C++ to a library for the CPU -------------------------------------------------------------------------
 
 
+OPTIONS = ["-O1", "-w", "-std=c++20", "-fPIC", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
+
+
 @functools.cache
 def compile_source(source, kernels):
     """Returns the ctypes library of generated CUDA C++, with launch_NAME for each of the kernels."""
@@ -216,21 +236,33 @@ def compile_source(source, kernels):
         f"{{ return emulator::launch({name}, arguments, grid, block, depth, late); }}\n"
         for name in kernels
     )
-    headers = "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n#include <cuda.h>\n"
     dynamic = r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];"
     translated = re.sub(dynamic, r"\1* \2 = (\1*)emulator::block->shared;", source)
     translated = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 __shared__", translated)  # the order that g++ wants
-    text = f'{headers}#include "{HEADER}"\n{translate_assembly(translated)}\n{launchers}'
-    directory = Path(tempfile.mkdtemp(prefix="cuda_emulator_"))
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    (directory / f"{name}.cpp").write_text(text)
-    options = ["-O1", "-w", "-std=c++20", "-shared", "-fPIC", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
-    include = Path(os.environ["CUDA_PATH"]) / "include"  # import_tvm() sets it where CUDA comes from pip alone
-    command = ["g++", *options, f"-I{include}", "-o", directory / f"{name}.so", directory / f"{name}.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"g++ {directory / name}.cpp: {done.stderr[:3000]}")
-    library = ctypes.CDLL(str(directory / f"{name}.so"))
+    text = f"{translate_assembly(translated)}\n{launchers}"
+    directory = Path(directory_with_headers().name)
+    file = directory / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    file.write_text(text)
+    compile_with_gcc("-shared", "-include", directory / HEADERS, "-o", file.with_suffix(".so"), file)
+    library = ctypes.CDLL(str(file.with_suffix(".so")))
     for kernel in kernels:
         getattr(library, f"launch_{kernel}").restype = ctypes.c_char_p
     return library
+
+
+@functools.cache
+def directory_with_headers():
+    """Returns the TemporaryDirectory of this process, with what each kernel includes: compiled once, for it is long."""
+    directory = tempfile.TemporaryDirectory(prefix="cuda_emulator_")
+    headers = Path(directory.name) / HEADERS
+    names = ("<cuda_fp16.h>", "<cuda_bf16.h>", "<cuda.h>", f'"{HEADER}"')
+    headers.write_text("".join(f"#include {name}\n" for name in names))
+    compile_with_gcc("-x", "c++-header", "-o", f"{headers}.gch", headers)
+    return directory
+
+
+def compile_with_gcc(*arguments):
+    include = Path(os.environ["CUDA_PATH"]) / "include"  # import_tvm() sets it where CUDA comes from pip alone
+    done = subprocess.run(["g++", *OPTIONS, f"-I{include}", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ {arguments[-1]}: {done.stderr[:3000]}")

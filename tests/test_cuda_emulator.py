@@ -65,7 +65,9 @@ def test_tensor_cores_multiply(tvm):
     "body, says",
     [
         ("if (threadIdx.x < 16) __syncwarp();", "wait for one another"),
-        ("y[32 + threadIdx.x] = 0;", "out of bounds"),
+        ("y[32 + threadIdx.x] = 0;", "outside of the arguments"),
+        ("y[threadIdx.x] = x[32 + threadIdx.x];", "outside of the arguments"),
+        ("y[-1 - (int)threadIdx.x] = 0;", "out of bounds"),
         ('unsigned v; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(232448));', "shared memory"),
         ('asm volatile("sin.approx.f32 %0, %1;" : "=f"(y[0]) : "f"(x[0]));', "does not know"),
     ],
