@@ -34,12 +34,13 @@ from harness.reports.tables import (
     totals_table,
     verdict_table,
 )
-from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_HISTORY, PUBLISHED_RESULTS
+from harness.rows import LOCAL_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_DECODE, PUBLISHED_HISTORY, PUBLISHED_RESULTS
 from harness.streams import protect_standard_streams
 
 DOCS = Path(__file__).resolve().parent / "docs"
 README, RESULTS_PAGE = DOCS.parent / "README.md", DOCS / "results.md"
 COVERAGE_PAGE, COVERAGE_PICTURE = DOCS / "coverage.md", DOCS / "coverage.png"
+DECODE_PAGE = DOCS / "decode.md"
 SHORT_TABLES = (compact_table, bandwidth_table, verdict_table)
 
 
@@ -74,7 +75,7 @@ def show(paths, as_long_table):
     else:
         print(f"{CAPTION}\n{tables_under_headings(comparisons, *SHORT_TABLES)}")
     sys.stdout.flush()
-    published = (PUBLISHED_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_HISTORY)
+    published = (PUBLISHED_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_DECODE, PUBLISHED_HISTORY)
     if paths[0].resolve() not in [path.resolve() for path in published]:
         save_pictures(comparisons, paths[0].parent)
 
@@ -95,13 +96,14 @@ def read_published(path):
     return comparisons
 
 
-def make_pages(comparisons, covered):
+def make_pages(comparisons, covered, decoded):
     """Returns {page: its text}, with the tables of the published comparisons in their places."""
     answers, totals = across_precisions(comparisons), totals_table(covered)
     parts = {
         README: {"answer": answer_tables(answers), "short": answer_in_short(answers), "totals": totals},
         RESULTS_PAGE: {"tables": tables_under_headings(comparisons, *SHORT_TABLES, long_table)},
         COVERAGE_PAGE: {"totals": totals, "coverage": tables_under_headings(covered, coverage_table)},
+        DECODE_PAGE: {"decode": tables_under_headings(decoded, *SHORT_TABLES)},
     }
     return {page: replace_parts(page, of_page) for page, of_page in parts.items()}
 
@@ -111,8 +113,8 @@ def publish():
 
     Superseded rows leave the published CSV first; tables and pictures are the same before and after.
     """
-    comparisons, covered = read_published(PUBLISHED_RESULTS), read_published(PUBLISHED_COVERAGE)
-    pages = make_pages(comparisons, covered)
+    comparisons, covered, decoded = map(read_published, (PUBLISHED_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_DECODE))
+    pages = make_pages(comparisons, covered, decoded)
     move_superseded(PUBLISHED_RESULTS, PUBLISHED_HISTORY)
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")

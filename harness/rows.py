@@ -14,6 +14,7 @@ from harness.errors import UserError, warn
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PUBLISHED_RESULTS, PUBLISHED_COVERAGE = RESULTS / "benchmark.csv", RESULTS / "coverage.csv"
+PUBLISHED_DECODE = RESULTS / "decode.csv"
 PUBLISHED_HISTORY = RESULTS / "history.csv.gz"  # rows that were published once: harness/reports/history.py
 LOCAL = RESULTS / "local"  # a user's own rows, pictures and schedules; ignored by git
 LOCAL_RESULTS = LOCAL / "benchmark.csv"

@@ -7,10 +7,10 @@ import pytest
 
 import plot
 from conftest import ROOT
-from harness.rows import COLUMNS, PUBLISHED_COVERAGE, PUBLISHED_RESULTS
+from harness.rows import COLUMNS, PUBLISHED_COVERAGE, PUBLISHED_DECODE, PUBLISHED_RESULTS
 from made_up_rows import row, write_csv
 
-PAGES = ("README.md", "docs/coverage.md", "docs/results.md")
+PAGES = ("README.md", "docs/coverage.md", "docs/decode.md", "docs/results.md")
 LONG_HEADER = ["model_name", "test_item", "batch_size", "compile_time_s", "infer_time_mean_ms"]
 GRAPHS = "torch_compile_reduce_overhead"
 
@@ -210,9 +210,14 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
     rows += [row(item, 1, median, model_name="other/model") for item, median in [("torch", 2.0), ("tvm", None)]]
     rows += [row(item, 8, median) for item, median in [("torch", 2.0), ("tvm", 2.001)]]
     write(rows, "results/coverage.csv")
+    step = {"phase": "decode", "context_len": "1024"}
+    steps = [row(item, 1, 4.0, **step, tokens_per_s=250, bandwidth_share=0.4) for item in ("torch", "tvm")]
+    write(steps, "results/decode.csv")
     write([row("torch", 1, 99.0)], "results/local/benchmark.csv")
     done = command(copy / "plot.py", "--publish")
     assert done.returncode == 0 and not done.stdout + done.stderr
+    decoded = table_rows(part(copy / "docs" / "decode.md", "decode"))
+    assert ["some/model", "1", *["250 tokens/s (40%)"] * 2] in decoded
     answer = table_rows(part(copy / "README.md", "answer"))
     assert ["model", "fp32", "1", "3.00 ± 0.03", "**2.00 ± 0.02**", "1.50x"] in answer
     assert "the fastest item is tvm in 1" in part(copy / "README.md", "short")
@@ -245,7 +250,8 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
 
 def test_the_published_pages_say_what_the_published_rows_say():
     """Every figure in their generated parts: what is stale here wants `python plot.py --publish`."""
-    pages = plot.make_pages(*map(plot.read_published, (PUBLISHED_RESULTS, PUBLISHED_COVERAGE)))
+    published = (PUBLISHED_RESULTS, PUBLISHED_COVERAGE, PUBLISHED_DECODE)
+    pages = plot.make_pages(*map(plot.read_published, published))
     assert {ROOT / name for name in PAGES} == set(pages)
     for page, text in pages.items():
         assert page.read_text(encoding="utf-8") == text, page
@@ -262,7 +268,8 @@ def test_the_chinese_page_has_no_generated_part():
 def test_publishing_changes_no_page_where_one_lacks_its_place(command, project):
     copy, write = project
     write([row("torch", 1, 3.0)])
-    write([row("torch", 1, 3.0)], "results/coverage.csv")
+    for name in ("coverage", "decode"):
+        write([row("torch", 1, 3.0)], f"results/{name}.csv")
     (copy / "docs" / "coverage.md").write_text("nothing\n")
     before = snapshot(copy)
     done = command(copy / "plot.py", "--publish")
