@@ -7,14 +7,14 @@ from tvm_items.constants import fold_batch_norms, is_pointwise, merge_parallel_p
 aten = torch.ops.aten
 VIEW, PERMUTE = aten.view.default, aten.permute.default
 INSERTED = "inserted"  # in the `meta` of what brings an operand into another's form
-MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
 def simplify(exported):
     """Rewrites a decomposed torch.export.ExportedProgram in place; it computes the same as before.
 
     BatchNorm goes into the weights of the convolution before it, products of the same input become one, and pointwise
-    operators go behind matrix products.
+    operators go behind products.
     """
     graph = exported.graph
     fold_batch_norms(exported)
@@ -86,17 +86,18 @@ def merge_views(graph):
         node.target = aten.reshape.default  # what it reads may have another order in memory now
 
 
-# ---- What follows a matrix product ----------------------------------------------------------------------------------
+# ---- What follows a product -----------------------------------------------------------------------------------------
 
 
 def move_behind_products(graph):
-    """Moves pointwise operators in front of the view or permutation that stands between them and a matrix product.
+    """Moves pointwise operators in front of the view or permutation that stands between them and a product.
 
-    A Linear layer's product has the shape (tokens, features). Bias, activation, layer scale and residual then fuse with
-    it. What else they read is brought into the product's form, where that costs nothing.
+    A Linear layer's product has the shape (tokens, features), and that of a convolution is flattened where tokens are
+    points of an image. Bias, activation, layer scale and residual then fuse with it. What else they read is brought
+    into the product's form, where that costs nothing.
     """
     # Nodes that a pointwise operator may come to stand behind: products, their views, and what was moved behind them.
-    behind = {node for product in MATRIX_PRODUCTS for node in graph.find_nodes(op="call_function", target=product)}
+    behind = {node for product in PRODUCTS for node in graph.find_nodes(op="call_function", target=product)}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue

@@ -1,5 +1,6 @@
 """The Relax module, made better to tune: one TIR function for each distinct fused operator, channels last."""
 
+from tvm_items.channels_last import LAYOUTS, cancel_permutations, clear_the_way, widen_channels
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
 from tvm_items.in_place import fuse_into_writes
@@ -7,16 +8,6 @@ from tvm_items.reductions import fuse_around_reductions, size_of
 from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, permute, weights_of
 from tvm_items.target import is_ampere_or_later
 from tvm_items.tf32 import mark_tf32, round_operands
-
-# Of images or signals and of weights. Tensor cores need channels last, for which TVM 0.27 has no transposed
-# convolutions; unless told so, its ConvertLayout gives it to them, too. Convolutions over three dimensions are left as
-# they are: they cut videos into patches, whose lines are in one piece as it is.
-LAYOUTS = {
-    "relax.nn.conv2d": ["NHWC", "HWIO"],
-    "relax.nn.conv1d": ["NWC", "WIO"],
-    "relax.nn.conv2d_transpose": ["NCHW", "IOHW"],
-    "relax.nn.conv1d_transpose": ["NCW", "IOW"],
-}
 
 
 def tuned_module(exported, target, allow_tf32=False):
@@ -40,9 +31,11 @@ def prepare(module, target, allow_tf32):
     from tvm import relax
 
     passes = [
+        clear_the_way(),
         relax.transform.ConvertLayout(LAYOUTS),
         widen_channels(allow_tf32),
         cancel_permutations(),
+        relax.transform.EliminateCommonSubexpr(),
         read_weights_along_terms(target),
         *([round_operands()] if allow_tf32 else []),
         relax.transform.LiftTransformParams(),
@@ -59,84 +52,6 @@ def prepare(module, target, allow_tf32):
     with target, tvm.transform.PassContext(opt_level=3):
         module = tvm.transform.Sequential(passes)(module)
     return mark_tf32(module) if allow_tf32 else module
-
-
-def widen_channels(allow_tf32):
-    """Returns a pass that gives the images of some convolutions more channels, so that they are copied as vectors.
-
-    Those for tensor cores, in 16 bits or TF32, with an odd number of channels, such as the three of colours. Where
-    patches lie side by side, each line of one, of all its channels, is in one piece in memory: it counts as one point
-    with so many channels. Elsewhere zeros fill the channels up to a multiple of four, unless that is more than a third
-    of multiplications more. The convolutions are channels last, as ConvertLayout leaves them.
-    """
-    import tvm
-    from tvm import relax
-    from tvm.relax.expr_functor import PyExprMutator, mutator
-
-    dtypes = ("float16", "bfloat16", "float32") if allow_tf32 else ("float16", "bfloat16")
-
-    @mutator
-    class Widener(PyExprMutator):
-        def visit_call_(self, call):
-            call = super().visit_call_(call)
-            if call.op != tvm.ir.Op.get("relax.nn.conv2d") or call.attrs.groups != 1:
-                return call
-            image, weight = call.args
-            batch, height, width, channels = map(int, image.ty.shape)
-            rows, columns, _, outputs = map(int, weight.ty.shape)
-            if image.ty.dtype not in dtypes or not channels % 4:
-                return call
-            strides, padding = ([int(value) for value in values] for values in (call.attrs.strides, call.attrs.padding))
-            missing = -channels % 4
-            if columns == strides[1] > 1 and width % columns == padding[1] == padding[3] == 0:
-                image = relax.op.reshape(image, (batch, height, width // columns, columns * channels))
-                weight = relax.op.reshape(weight, (rows, 1, columns * channels, outputs))
-                strides[1] = 1
-            elif 3 * missing <= channels:
-                image = relax.op.nn.pad(image, [0] * 7 + [missing])
-                weight = relax.op.nn.pad(weight, [0] * 5 + [missing, 0, 0])
-            else:
-                return call
-            return relax.op.nn.conv2d(
-                self.builder_.emit(image),
-                self.builder_.emit(weight),
-                strides=strides,
-                padding=padding,
-                dilation=call.attrs.dilation,
-                data_layout=call.attrs.data_layout,
-                kernel_layout=call.attrs.kernel_layout,
-                out_dtype=call.attrs.out_dtype,
-            )
-
-    return mutate_functions(Widener)
-
-
-def cancel_permutations():
-    """Returns a pass that makes one of two permutations in a row, and nothing of one that changes nothing."""
-    import tvm
-    from tvm import relax
-    from tvm.relax.dpl import is_op, rewrite_call, wildcard
-
-    inner = is_op("relax.permute_dims")(wildcard())
-    outer = is_op("relax.permute_dims")(inner)
-
-    def merge_two(call, matched):
-        first = matched[inner]
-        first_axes = axes_of(first)
-        return permute(first.args[0], [first_axes[axis] for axis in axes_of(call)])
-
-    def drop_identity(call, matched):
-        return permute(call.args[0], axes_of(call))
-
-    @tvm.ir.transform.module_pass(opt_level=0)
-    def cancel(module, _):
-        for name, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                merged = rewrite_call(outer, merge_two, function)
-                module.update_func(name, rewrite_call(inner, drop_identity, merged))
-        return relax.transform.DeadCodeElimination(["main"])(module)
-
-    return cancel
 
 
 def read_weights_along_terms(target):

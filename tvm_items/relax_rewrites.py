@@ -4,7 +4,10 @@ CALL, WRITE = "relax.call_tir", "relax.call_tir_inplace"  # of a TIR function, a
 
 
 def mutate_functions(mutator_class):
-    """Returns a pass that rewrites each Relax function of a module by a PyExprMutator, and drops what is unused."""
+    """Returns a pass that rewrites each Relax function of a module by a PyExprMutator, and drops what is unused.
+
+    A variable that is by then another one is replaced by that.
+    """
     import tvm
     from tvm import relax
 
@@ -14,7 +17,8 @@ def mutate_functions(mutator_class):
         for name, function in module.functions_items():
             if isinstance(function, relax.Function):
                 mutator.builder_.update_func(name, mutator.visit_expr(function))
-        return relax.transform.DeadCodeElimination(["main"])(mutator.builder_.get())
+        passes = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination(["main"])]
+        return tvm.transform.Sequential(passes)(mutator.builder_.get())
 
     return mutate
 
