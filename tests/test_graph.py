@@ -6,6 +6,8 @@ import torch
 from tvm_items.graph import simplify
 from tvm_items.importer import export_for_tvm
 
+aten = torch.ops.aten
+
 
 class Parts(torch.nn.Module):
     """BatchNorm after a convolution, with and without bias, and elsewhere; an activation after a Linear layer."""
@@ -41,6 +43,32 @@ def test_simplifying_the_graph_changes_no_result():
     assert sum("batch_norm" in call for call in calls) == 1
     product = next(i for i, call in enumerate(calls) if "addmm" in call)
     assert [call.split(".")[1] for call in calls[product + 1 :]] == ["sigmoid", "mul", "gelu", "mul", "reshape"]
+
+
+class Audio(torch.nn.Module):
+    """A residual that begins with a convolution along time, as Whisper's, and a bias with more axes, as BART's."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv1d(4, 8, 3, padding=1), torch.nn.LayerNorm(8)
+        self.linear = torch.nn.Linear(8, 8)
+        self.register_buffer("bias", torch.randn(1, 8))
+
+    def forward(self, x):
+        x = torch.nn.functional.gelu(self.convolution(x)).permute(0, 2, 1)
+        return x + self.linear(self.norm(x)) + self.bias
+
+
+@torch.no_grad()
+def test_residuals_and_biases_come_behind_products():
+    torch.manual_seed(0)
+    model, x = Audio().eval(), torch.randn(1, 4, 10)
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), model(x))
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    behind = calls[calls.index(aten.addmm.default) + 1 :]
+    assert behind == [aten.add.Tensor, aten.add.Tensor, aten.reshape.default]
 
 
 class Powers(torch.nn.Module):

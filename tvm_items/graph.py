@@ -163,20 +163,28 @@ def in_form_before(moved, other):
     None where that would cost something. A node is inserted where `other` itself or what it reads will not do.
     """
     source, arguments = moved.args
-    if other.meta["val"].numel() == 1 and other.meta["val"].ndim <= len(shape(source)):
+    has_room = len(shape(other)) <= len(shape(source))
+    elements = other.meta["val"].numel()
+    if has_room and elements == 1:
         return other
-    if moved.target == VIEW and shape(other) == shape(source)[-1:] == shape(moved)[-1:]:  # one value for each feature
+    is_for_features = shape(source)[-1:] == shape(moved)[-1:] == shape(other)[-1:] == (elements,)
+    if has_room and is_for_features and moved.target == VIEW:
         return other
     if shape(other) != shape(moved):
         return None
     if other.target == moved.target and shape(other.args[0]) == shape(source) and other.args[1] == arguments:
         return other.args[0]
-    if moved.target == VIEW and other.meta["val"].is_contiguous():
-        return insert_after(other, VIEW, list(shape(source)), other.meta["val"].view(shape(source)))
+    if moved.target == VIEW and lies_in_order(other.meta["val"]):
+        return insert_after(other, VIEW, list(shape(source)), other.meta["val"].reshape(shape(source)))
     if moved.target == PERMUTE and other.target == aten.convolution.default:  # channels-last soon, as `source` is
         axes = [arguments.index(axis) for axis in range(len(arguments))]
         return insert_after(other, PERMUTE, axes, other.meta["val"].permute(axes).contiguous())
     return None
+
+
+def lies_in_order(value):
+    """Returns whether a node's value will lie in memory in the order of its axes: as it does, or channels last."""
+    return value.is_contiguous() or (value.ndim > 2 and value.movedim(-1, 1).is_contiguous())
 
 
 def insert_after(node, target, arguments, value):
