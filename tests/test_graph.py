@@ -45,6 +45,40 @@ def test_simplifying_the_graph_changes_no_result():
     assert [call.split(".")[1] for call in calls[product + 1 :]] == ["sigmoid", "mul", "gelu", "mul", "reshape"]
 
 
+class Levit(torch.nn.Module):
+    """Linear layers on the permuted points of an image, each with a BatchNorm, as LeViT's; the last is read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=bias) for bias in (False, True, True))
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(8) for _ in range(3))
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        for layer, norm in zip(self.layers, self.norms):
+            before = layer(x)
+            x = norm(before.flatten(0, 1)).reshape_as(x)
+        return x, before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_norms_fold_into_linear_layers(batch_size):
+    torch.manual_seed(0)
+    model, x = Levit().eval(), torch.randn(batch_size, 8, 3, 4)
+    for norm in model.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.normal_()
+        norm.bias.normal_()
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), model(x), rtol=1e-4, atol=1e-5)
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls.count(aten._native_batch_norm_legit_no_training.default) == 1
+    assert calls.count(aten.addmm.default) == 3 and aten.bmm.default not in calls
+
+
 class Audio(torch.nn.Module):
     """A residual that begins with a convolution along time, as Whisper's, and a bias with more axes, as BART's."""
 

@@ -9,38 +9,49 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def fold_batch_norms(exported):
-    """Folds each BatchNorm into the convolution before it, where that has no other user and shares no weights."""
+    """Folds BatchNorms into the convolution or Linear layer before them, if no other reads that, nor its weights."""
     constants = Constants(exported)
     for norm in exported.graph.find_nodes(op="call_function", target=aten._native_batch_norm_legit_no_training.default):
-        convolution = norm.args[0]
-        is_plain = convolution.target == aten.convolution.default and not convolution.args[6]  # not a transposed one
-        if is_plain and len(convolution.users) == 1 and constants.are_used_once(constants_to_fold(norm, convolution)):
-            fold_batch_norm(norm, convolution, constants)
+        product = product_before(norm)
+        if product is not None:
+            weight, *bias = constants_of_product(product)
+            _, gamma, beta, *_ = norm.args
+            if constants.are_used_once([weight, *bias, gamma, beta]):
+                fold_batch_norm(norm, product, weight, bias, constants)
 
 
-def constants_to_fold(norm, convolution):
-    """Returns the nodes that folding writes, or drops: weight, gamma, beta and, where there is one, bias."""
-    _, weight, bias, *_ = convolution.args
-    _, gamma, beta, *_ = norm.args
-    return [weight, gamma, beta, *([] if bias is None else [bias])]
+def product_before(norm):
+    """Returns the node whose channels a BatchNorm normalizes, which nothing else reads; None where it is no product."""
+    product = source = norm.args[0]
+    while product.target in VIEWS and len(product.users) == 1:
+        product = product.args[0]
+    if len(product.users) != 1:
+        return None
+    if product.target == aten.convolution.default:
+        is_transposed = product.args[6]
+        return product if product is source and not is_transposed else None
+    is_linear = product.target in (aten.mm.default, aten.addmm.default)
+    return product if is_linear and shape(source)[1:] == shape(product)[1:] else None
 
 
-def fold_batch_norm(norm, convolution, constants):
-    """Replaces norm(convolution(x)) by a convolution whose weight and bias do the scaling and the shift.
+def fold_batch_norm(norm, product, weight, bias, constants):
+    """Replaces norm(product(x)) by a product whose weight and bias do the scaling and the shift.
 
     gamma (w x + b - mean) / sqrt(variance + epsilon) + beta = (s w) x + ((b - mean) s + beta), where
-    s = gamma / sqrt(variance + epsilon).
+    s = gamma / sqrt(variance + epsilon). bias: a list of its node, or an empty one.
     """
     read = constants.read
-    source, weight, bias, *geometry = convolution.args
     _, gamma, beta, mean, variance, _, epsilon = norm.args
     scale = read(gamma) / (read(variance) + epsilon).sqrt()
-    constants.write(beta, ((read(bias) if bias is not None else 0) - read(mean)) * scale + read(beta))
+    constants.write(beta, (sum(map(read, bias)) - read(mean)) * scale + read(beta))
     constants.write(weight, read(weight) * scale.reshape(-1, *[1] * (weight.meta["val"].ndim - 1)))
-    convolution.args = (source, weight, beta, *geometry)  # beta holds the bias now
+    if product.target == aten.convolution.default:  # beta holds the bias now
+        product.args = (*product.args[:2], beta, *product.args[3:])
+    else:
+        product.target, product.args = aten.addmm.default, (beta, *product.args[-2:])
     for output in list(norm.users):  # the other two are for training
         if output.args[1] == 0:
-            output.replace_all_uses_with(convolution)
+            output.replace_all_uses_with(norm.args[0])
         norm.graph.erase_node(output)
     norm.graph.erase_node(norm)
 
@@ -72,7 +83,9 @@ def input_of_product(product):
 
 
 def constants_of_product(product):
-    """Returns the nodes of a Linear layer's weight and, where there is one, bias; [None] for another product."""
+    """Returns the nodes of a layer's weight and, where there is one, bias: Linear or a convolution; else [None]."""
+    if product.target == aten.convolution.default:
+        return [node for node in product.args[1:3] if node is not None]
     *bias, _, weight = product.args
     is_linear = weight.target == aten.permute.default and len(weight.users) == 1 and not product.kwargs
     return [weight.args[0], *bias] if is_linear else [None]

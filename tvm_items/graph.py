@@ -13,10 +13,11 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolut
 def simplify(exported):
     """Rewrites a decomposed torch.export.ExportedProgram in place; it computes the same as before.
 
-    BatchNorm goes into the weights of the convolution before it, products of the same input become one, and pointwise
+    BatchNorm goes into the weights of the layer before it, products of the same input become one, and pointwise
     operators go behind products.
     """
     graph = exported.graph
+    multiply_in_two_dimensions(graph)
     fold_batch_norms(exported)
     remove_what_does_nothing(graph)
     multiply_small_powers(graph)
@@ -40,6 +41,24 @@ def remove_what_does_nothing(graph):
             if not node.kwargs:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+
+
+def multiply_in_two_dimensions(graph):
+    """Makes plain products of batched ones with the same weight for all, as Linear layers on permuted tokens become."""
+    for product in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        source, weight = product.args
+        while weight.target == VIEW and shape(weight) == shape(weight.args[0]):
+            weight = weight.args[0]
+        if weight.target != aten.expand.default or len(shape(weight.args[0])) != 2:
+            continue
+        value, (batch, rows, columns) = product.meta["val"], shape(product)
+        with graph.inserting_before(product):
+            flat = graph.call_function(VIEW, (source, [batch * rows, shape(source)[-1]]))
+            plain = graph.call_function(aten.mm.default, (flat, weight.args[0]))
+        flat.meta["val"] = source.meta["val"].reshape(flat.args[1])
+        plain.meta["val"] = value.new_empty(batch * rows, columns)
+        product.target, product.args = VIEW, (plain, [batch, rows, columns])
+    graph.eliminate_dead_code()  # what has expanded the weights
 
 
 def multiply_small_powers(graph):
