@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from tvm_items.reductions import size_of
 from tvm_items.relax_rewrites import axes_of, mutate_functions, permute
 
 # Of images or signals and of weights. Tensor cores need channels last, for which TVM 0.27 has no transposed
@@ -156,7 +157,7 @@ def cancel_permutations():
             for chain in self.chains(call):
                 root = chain[-1].args[0]
                 if moves_nothing(chain):
-                    return root if is_same_shape(root, call) else relax.op.reshape(root, call.ty.shape)
+                    return root if shape_of(root) == shape_of(call) else relax.op.reshape(root, call.ty.shape)
             before = self.lookup(call.args[0])
             if call.op == permutation and getattr(before, "op", None) == permutation:
                 first_axes = axes_of(before)
@@ -179,19 +180,21 @@ def cancel_permutations():
     return mutate_functions(Canceller)
 
 
-def is_same_shape(one, other):
-    return [int(extent) for extent in one.ty.shape] == [int(extent) for extent in other.ty.shape]
-
-
 def moves_nothing(calls):
     """Returns whether permutations and reshapes, the last one first, leave all elements in their order in memory."""
-    value = torch.empty([int(extent) for extent in calls[-1].args[0].ty.shape], device="meta")
+    if not all(map(size_of, [calls[-1].args[0], *calls])):  # the shape is known before it runs
+        return False
+    value = torch.empty(shape_of(calls[-1].args[0]), device="meta")
     for call in reversed(calls):
         if call.op.name == "relax.permute_dims":
             value = value.permute(axes_of(call))
         else:
             try:
-                value = value.view([int(extent) for extent in call.ty.shape])
+                value = value.view(shape_of(call))
             except RuntimeError:  # it would have to copy
                 return False
     return value.is_contiguous()
+
+
+def shape_of(value):
+    return [int(extent) for extent in value.ty.shape]
