@@ -180,7 +180,6 @@ REPEATED = (
     "fp32, mask",
     "bf16, one tensor",
     "cache, fp32",
-    "cache, bf16, one part",
     "cache, grouped",
 )
 

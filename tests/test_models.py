@@ -211,7 +211,9 @@ def no_network(tmp_path):
             "never run",
             marks=pytest.mark.slow,
         ),
-        ({**TINY_VIT, "_attn_implementation_internal": "owner/kernels"}, "never run"),
+        pytest.param(
+            {**TINY_VIT, "_attn_implementation_internal": "owner/kernels"}, "never run", marks=pytest.mark.slow
+        ),
         ({**TINY_VIT, "attn_implementation": "flash_attention_2"}, "FlashAttention2"),
         ({"model_type": "clip", "vision_config": {"attn_implementation": "owner/kernels"}}, "never run"),
         pytest.param(

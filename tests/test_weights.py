@@ -40,14 +40,18 @@ SMALL = {
             marks=pytest.mark.slow,
         ),
         pytest.param("dinov2", {**SMALL, "architectures": ["Dinov2Model"]}, marks=pytest.mark.slow),
-        ("dinov3_vit", SMALL),  # has a parameter without elements
+        pytest.param("dinov3_vit", SMALL, marks=pytest.mark.slow),  # has a parameter without elements
         pytest.param(
             "mobilenet_v2",
             {"image_size": 64, "depth_multiplier": 0.35, "num_labels": 10},
             marks=pytest.mark.slow,
         ),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "eos_token_id": 98, "bos_token_id": 98}),
-        ("t5", {"d_model": 64, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 99}),
+        pytest.param(
+            "t5",
+            {"d_model": 64, "d_kv": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "vocab_size": 99},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_random_weights_keep_the_signal(model_type, fields, tmp_path):
