@@ -101,6 +101,7 @@ def make_convolution(shape, dtype, stride, padding, dilation, groups=1):
     """Returns what make_batched_product() does, of a convolution with a bias and ReLU, channels last.
 
     shape: (batch, size, input channels, output channels, window). size and window: of a square, or (height, width).
+    padding: of all sides, or (vertical, horizontal), or (top, left, bottom, right).
     """
     import tvm
     from tvm import te, topi
@@ -116,6 +117,9 @@ def make_convolution(shape, dtype, stride, padding, dilation, groups=1):
     tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias)]
     tensors[1] /= (channels // groups * window[0] * window[1]) ** 0.5
     images, filters = tensors[0].float().permute(0, 3, 1, 2), tensors[1].float().permute(3, 2, 0, 1)
+    if isinstance(padding, tuple) and len(padding) == 4:
+        top, left, bottom, right = padding
+        images, padding = torch.nn.functional.pad(images, (left, right, top, bottom)), 0
     sums = torch.nn.functional.conv2d(images, filters, None, stride, padding, dilation, groups)
     expected = torch.relu(sums.permute(0, 2, 3, 1).to(tensors[0].dtype) + tensors[2]).contiguous()
     module = tvm.IRModule({"main": te.create_prim_func([x, w, bias, output]).with_attr("global_symbol", "main")})

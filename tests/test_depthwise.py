@@ -31,7 +31,7 @@ def find_template(module):
     "convolution, parameters",
     [
         (((8, 14), 24, 7, "float16", 1, 3), (4, 7, 4, 64)),  # as in ConvNeXt; the last block is not full
-        ((14, 16, 3, "bfloat16", 2, 1), (1, 7, 8, 32)),
+        ((14, 16, 3, "bfloat16", 2, (0, 0, 1, 1)), (1, 7, 8, 32)),  # as in MobileNetV2
         (((10, 9), 12, 3, "float32", 1, 0), (8, 7, 1, 96)),  # no padding
         (((1, 16), 8, (1, 4), "float32", 1, 0), (1, 1, 2, 32)),  # a window of one dimension
         pytest.param((8, 16, (5, 3), "float16", 1, 1), (2, 2, 8, 128), marks=pytest.mark.slow),

@@ -49,8 +49,8 @@ def test_boxes_of_a_tile():
     [
         # Five of nine lines a tile; two tiles of the columns.
         (((2, 9, 64, 72, 3), "float16", 1, 1, 1), {}),
-        # Every other line and column; two steps for each place; sums through shared memory.
-        (((1, (18, 17), 128, 64, 3), "bfloat16", 2, 1, 1), {"stages": 2, "staged": True}),
+        # Every other line and column, zeros behind the last; two steps for each place; sums through shared memory.
+        (((1, (18, 17), 128, 64, 3), "bfloat16", 2, (0, 0, 1, 1), 1), {"stages": 2, "staged": True}),
         # Two whole images a tile, of three; dilated; sums in two parts that a cluster adds up.
         (((3, 5, 64, 64, 3), "float16", 1, 2, 2), {"parts": 2, "stages": 4, "staged": True}),
         pytest.param(
