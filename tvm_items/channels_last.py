@@ -5,7 +5,7 @@ import math
 import torch
 
 from tvm_items.reductions import size_of
-from tvm_items.relax_rewrites import axes_of, mutate_functions, permute
+from tvm_items.relax_rewrites import axes_of, convolution_like, mutate_functions, name_of, permute
 
 # Of images or signals and of weights. Tensor cores need channels last, for which TVM 0.27 has no transposed
 # convolutions; unless told so, its ConvertLayout gives it to them, too. Convolutions over three dimensions are left as
@@ -24,7 +24,6 @@ def clear_the_way():
     Zeros around an image become the padding of the convolution that reads them, and nothing where there are none (both
     as in MobileNetV2, which pads as TensorFlow does). clip() becomes maximum() and minimum(), a leaky ReLU maximum().
     """
-    import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -38,7 +37,7 @@ def clear_the_way():
                 "relax.nn.pad": self.pad,
                 "relax.nn.conv1d": self.convolution,
                 "relax.nn.conv2d": self.convolution,
-            }.get(getattr(call.op, "name", None))
+            }.get(name_of(call))
             return rewrite(call) if rewrite else call
 
         def clip(self, call):
@@ -64,25 +63,15 @@ def clear_the_way():
         def convolution(self, call):
             source, weight = call.args
             pad = self.lookup_binding(source) if isinstance(source, relax.Var) else None
-            if getattr(pad, "op", None) != tvm.ir.Op.get("relax.nn.pad"):
+            if name_of(pad) != "relax.nn.pad":
                 return call
             is_of_zeros = pad.attrs.pad_mode == "constant" and float(pad.attrs.pad_value) == 0
             widths = list(map(int, pad.attrs.pad_width))
             if not is_of_zeros or any(widths[:4]) or min(widths) < 0:  # of batch and channels, or images that are cut
                 return call
             around = widths[4::2] + widths[5::2]  # in front of all axes, then behind them
-            operator = getattr(relax.op.nn, call.op.name.removeprefix("relax.nn."))
-            return operator(
-                pad.args[0],
-                weight,
-                strides=call.attrs.strides,
-                padding=[int(own) + more for own, more in zip(call.attrs.padding, around, strict=True)],
-                dilation=call.attrs.dilation,
-                groups=call.attrs.groups,
-                data_layout=call.attrs.data_layout,
-                kernel_layout=call.attrs.kernel_layout,
-                out_dtype=call.attrs.out_dtype,
-            )
+            padding = [int(own) + more for own, more in zip(call.attrs.padding, around, strict=True)]
+            return convolution_like(call, pad.args[0], weight, padding=padding)
 
     return mutate_functions(Clearer)
 
@@ -95,7 +84,6 @@ def widen_channels(allow_tf32):
     with so many channels. Elsewhere zeros fill the channels up to a multiple of four, unless that is more than a third
     of multiplications more. The convolutions are channels last, as ConvertLayout leaves them.
     """
-    import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -105,7 +93,7 @@ def widen_channels(allow_tf32):
     class Widener(PyExprMutator):
         def visit_call_(self, call):
             call = super().visit_call_(call)
-            if call.op != tvm.ir.Op.get("relax.nn.conv2d") or call.attrs.groups != 1:
+            if name_of(call) != "relax.nn.conv2d" or call.attrs.groups != 1:
                 return call
             image, weight = call.args
             batch, height, width, channels = map(int, image.ty.shape)
@@ -123,16 +111,8 @@ def widen_channels(allow_tf32):
                 weight = relax.op.nn.pad(weight, [0] * 5 + [missing, 0, 0])
             else:
                 return call
-            return relax.op.nn.conv2d(
-                self.builder_.emit(image),
-                self.builder_.emit(weight),
-                strides=strides,
-                padding=padding,
-                dilation=call.attrs.dilation,
-                data_layout=call.attrs.data_layout,
-                kernel_layout=call.attrs.kernel_layout,
-                out_dtype=call.attrs.out_dtype,
-            )
+            image, weight = map(self.builder_.emit, (image, weight))
+            return convolution_like(call, image, weight, strides=strides, padding=padding)
 
     return mutate_functions(Widener)
 
@@ -142,24 +122,23 @@ def cancel_permutations():
 
     As of images, channels last, whose permutation to channels first is flattened and permuted back.
     """
-    import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
-    permutation, reshape = (tvm.ir.Op.get(f"relax.{name}") for name in ("permute_dims", "reshape"))
+    permutation, reshape = "relax.permute_dims", "relax.reshape"
 
     @mutator
     class Canceller(PyExprMutator):
         def visit_call_(self, call):
             call = super().visit_call_(call)
-            if call.op not in (permutation, reshape):
+            if name_of(call) not in (permutation, reshape):
                 return call
             for chain in self.chains(call):
                 root = chain[-1].args[0]
                 if moves_nothing(chain):
                     return root if shape_of(root) == shape_of(call) else relax.op.reshape(root, call.ty.shape)
             before = self.lookup(call.args[0])
-            if call.op == permutation and getattr(before, "op", None) == permutation:
+            if name_of(call) == name_of(before) == permutation:
                 first_axes = axes_of(before)
                 return permute(before.args[0], [first_axes[axis] for axis in axes_of(call)])
             return call
@@ -173,9 +152,9 @@ def cancel_permutations():
             A reshape alone is none.
             """
             calls = [call]
-            while getattr(before := self.lookup(calls[-1].args[0]), "op", None) in (permutation, reshape):
+            while name_of(before := self.lookup(calls[-1].args[0])) in (permutation, reshape):
                 calls.append(before)
-            return [calls[:end] for end in range(len(calls), call.op == reshape, -1)]
+            return [calls[:end] for end in range(len(calls), name_of(call) == reshape, -1)]
 
     return mutate_functions(Canceller)
 
@@ -186,7 +165,7 @@ def moves_nothing(calls):
         return False
     value = torch.empty(shape_of(calls[-1].args[0]), device="meta")
     for call in reversed(calls):
-        if call.op.name == "relax.permute_dims":
+        if name_of(call) == "relax.permute_dims":
             value = value.permute(axes_of(call))
         else:
             try:

@@ -5,7 +5,7 @@ from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
 from tvm_items.in_place import fuse_into_writes
 from tvm_items.reductions import fuse_around_reductions, size_of
-from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, permute, weights_of
+from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, name_of, permute, weights_of
 from tvm_items.target import is_ampere_or_later
 from tvm_items.tf32 import mark_tf32, round_operands
 
@@ -62,7 +62,6 @@ def read_weights_along_terms(target):
     there a product takes the time to read its weight, and a thread that reads along the terms has a part of one sum
     only (templates/gemv.py).
     """
-    import tvm
     from tvm import relax
     from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -83,11 +82,11 @@ def read_weights_along_terms(target):
 
         def find_weight(self, call):
             """Returns the Relax variable of such a weight, (columns, terms), None where the call is of another kind."""
-            if call.op != tvm.ir.Op.get("relax.matmul") or not isinstance(call.args[1], relax.Var):
+            if name_of(call) != "relax.matmul" or not isinstance(call.args[1], relax.Var):
                 return None
             right = call.args[1]
             permutation = self.lookup_binding(right)
-            is_linear = getattr(permutation, "op", None) == tvm.ir.Op.get("relax.permute_dims")
+            is_linear = name_of(permutation) == "relax.permute_dims"
             if right.ty.ndim != 2 or (is_linear and axes_of(permutation) != [1, 0]):
                 return None
             if not is_linear and right not in self.weights:

@@ -1,4 +1,4 @@
-"""What passes over Relax share: rewriting functions, joining calls, permutations, products by a transposed weight."""
+"""What passes over Relax share: rewriting functions, joining calls, permutations, products and other convolutions."""
 
 CALL, WRITE = "relax.call_tir", "relax.call_tir_inplace"  # of a TIR function, and of one that writes into an argument
 
@@ -32,13 +32,14 @@ def weights_of(function):
     return list(function.params)[int(function.attrs["num_input"]) :]
 
 
+def name_of(value):
+    """Returns the name of the operator that a Relax expression calls, None where it calls none."""
+    return getattr(getattr(value, "op", None), "name", None)
+
+
 def find_calls(function, operators=(CALL,)):
     """Returns {variable: call of a TIR function by one of the operators} for a Relax function, in its order."""
-    return {
-        binding.var: binding.value
-        for binding in bindings_of(function)
-        if getattr(getattr(binding.value, "op", None), "name", None) in operators
-    }
+    return {binding.var: binding.value for binding in bindings_of(function) if name_of(binding.value) in operators}
 
 
 def join_calls(module, groups, calls):
@@ -96,6 +97,15 @@ def multiply_transposed(source, weight, dtype):
         lambda *place: te.sum(source[(*place[:-1], term)].astype(dtype) * weight[place[-1], term].astype(dtype), term),
         name="matmul",
     )
+
+
+def convolution_like(call, source, weight, **changed):
+    """Returns a convolution of other operands, with the attributes of a call but for those that are `changed`."""
+    from tvm import relax
+
+    names = ("strides", "padding", "dilation", "groups", "data_layout", "kernel_layout", "out_dtype")
+    attributes = {name: getattr(call.attrs, name) for name in names} | changed
+    return getattr(relax.op.nn, name_of(call).removeprefix("relax.nn."))(source, weight, **attributes)
 
 
 def axes_of(permutation):

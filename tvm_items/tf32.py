@@ -9,7 +9,14 @@ import collections
 import math
 
 from tvm_items.reductions import blocks_of
-from tvm_items.relax_rewrites import multiply_transposed, mutate_functions, permute, weights_of
+from tvm_items.relax_rewrites import (
+    convolution_like,
+    multiply_transposed,
+    mutate_functions,
+    name_of,
+    permute,
+    weights_of,
+)
 from tvm_items.templates.expressions import rounded_to_tf32
 from tvm_items.templates.gemv import MAX_ROWS
 from tvm_items.templates.product_task import ALLOW_TF32, ROUNDED
@@ -60,16 +67,7 @@ def round_operands():
                 if name_of(call) == "relax.matmul":
                     dtype = call.ty.dtype
                     return self.builder_.call_te(multiply_transposed, left, right, dtype, primfunc_name_hint="matmul")
-                return relax.op.nn.conv2d(
-                    left,
-                    right,
-                    strides=call.attrs.strides,
-                    padding=call.attrs.padding,
-                    dilation=call.attrs.dilation,
-                    data_layout=call.attrs.data_layout,
-                    kernel_layout="OHWI",
-                    out_dtype=call.attrs.out_dtype,
-                )
+                return convolution_like(call, left, right, kernel_layout="OHWI")
 
             def weight_or(self, before, after, axes=None):
                 """Returns what takes the place of `after`, an argument that was `before`: a rounded weight, or itself.
@@ -150,11 +148,6 @@ def find_operands(function):
             if feeds_products(operand) and is_fused(operand):
                 results.add(operand)
     return weights, results
-
-
-def name_of(value):
-    """Returns the name of the operator that a Relax expression calls, None where it calls none."""
-    return getattr(getattr(value, "op", None), "name", None)
 
 
 def round_to_tf32(x):
