@@ -37,9 +37,10 @@ from harness.cases import describe_case, find_models, make_cases
 from harness.check import output_arrays
 from harness.decode import cache_arrays, step_bytes
 from harness.device import Gpu, describe_device, disturbances, process_memory_bytes, reset_peak_memory, synchronize
-from harness.errors import UserError, one_line, print_error, recompiling_fails, report_errors_as, warn
+from harness.errors import UserError, one_line, print_error, report_errors_as, warn
 from harness.figures import decode_figures, statistics
 from harness.processes import Launchers, Worker, WorkerError, end_on_stop_signals, report
+from harness.recompiling import finish_compiling, recompiling_fails
 from harness.reference import USUAL_ORIGIN, Reference, References, run_on_changed_inputs
 from harness.reports.terminal import describe_end, describe_row, describe_title, process_age_s
 from harness.rows import (
@@ -357,13 +358,13 @@ def inference_mode(name):
 
 
 def compile_and_run(build, device):
-    """Returns the callable that build() returns, its first outputs as arrays, and the wall seconds that both took."""
+    """Returns the callable that build() returns, its first outputs as arrays, and the wall seconds of compiling."""
     start = time.perf_counter()
     run = build()
     outputs = run()
     synchronize(device)
     first_run_s = time.perf_counter() - start  # without copying the outputs to the host
-    return run, output_arrays(outputs), first_run_s
+    return run, output_arrays(outputs), first_run_s + finish_compiling(run, device)  # which writes new outputs
 
 
 def run_once(run, device):

@@ -47,12 +47,6 @@ def print_error(error, program="benchmark.py"):
     print(f"{program}: error: {without_breaks(error)}", file=sys.stderr)
 
 
-def recompiling_fails():
-    """Returns a context in which an inference fails, with the reason, for which torch.compile would compile anew."""
-    dynamo = sys.modules.get("torch._dynamo")  # items that do not use it need not wait for its import
-    return dynamo.config.patch(error_on_recompile=True) if dynamo else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def report_errors_as(columns, name):
     """Puts an error that ends the block into a column of that name, in one line."""

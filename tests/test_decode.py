@@ -11,8 +11,8 @@ import benchmark
 from conftest import ROOT, make_case, read_csv
 from harness.check import output_arrays, relative_error
 from harness.decode import CHAIN_STEPS, cache_arrays, decoder_tokens, run_chain, step_bytes
-from harness.errors import recompiling_fails
 from harness.inputs import CHANGED_SEED, make_inputs
+from harness.recompiling import recompiling_fails
 from harness.reference import run_on_changed_inputs
 from harness.rows import find_statuses
 from harness.weights import load_on_device

@@ -1,0 +1,48 @@
+"""torch.compile on models that leave something behind after an inference, so that the next one is compiled anew."""
+
+import pytest
+import torch
+
+import benchmark
+from harness.recompiling import MOST_RECOMPILES, recompiling_fails
+
+
+class Keeping(torch.nn.Module):
+    """Counts its first inferences, and runs other code once it has."""
+
+    def __init__(self, inferences):
+        super().__init__()
+        self.inferences, self.count = inferences, 0
+
+    def forward(self, x):
+        if self.count < self.inferences:
+            self.count += 1
+        return (x * self.count,)
+
+
+def compile_keeping(inferences):
+    """Returns (what runs the model, its first outputs, seconds, how often it was compiled)."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    model = torch.compile(Keeping(inferences), backend=backend)
+    run, outputs, seconds = benchmark.compile_and_run(lambda: lambda: model(torch.ones(2)), "cpu")
+    return run, outputs, seconds, len(compiled)
+
+
+def test_the_second_compilation_is_a_part_of_the_first():
+    run, (first,), seconds, compiled = compile_keeping(1)
+    assert compiled == 2 and seconds > 0 and (first == 1).all()
+    with recompiling_fails():
+        assert (run()[0] == 1).all()
+
+
+def test_a_model_that_does_not_settle_fails_in_the_timed_runs():
+    run, *_, compiled = compile_keeping(MOST_RECOMPILES + 2)
+    assert compiled == MOST_RECOMPILES + 1
+    with recompiling_fails(), pytest.raises(torch._dynamo.exc.RecompileError, match="Recompiling"):
+        run()
