@@ -28,7 +28,6 @@ from harness.reports.tables import (
     CAPTION,
     bandwidth_table,
     compact_table,
-    coverage_table,
     heading,
     long_table,
     totals_table,
@@ -98,11 +97,12 @@ def read_published(path):
 
 def make_pages(comparisons, covered, decoded):
     """Returns {page: its text}, with the tables of the published comparisons in their places."""
-    answers, totals = across_precisions(comparisons), totals_table(covered)
+    answers = across_precisions(comparisons)
+    in_readme = {"answer": answer_tables(answers), "short": answer_in_short(answers)}
     parts = {
-        README: {"answer": answer_tables(answers), "short": answer_in_short(answers), "totals": totals},
+        README: in_readme | {"totals": totals_table([fullest(covered)])},
         RESULTS_PAGE: {"tables": tables_under_headings(comparisons, *SHORT_TABLES, long_table)},
-        COVERAGE_PAGE: {"totals": totals, "coverage": tables_under_headings(covered, coverage_table)},
+        COVERAGE_PAGE: {"totals": totals_table(covered), "coverage": answer_tables(across_precisions(covered))},
         DECODE_PAGE: {"decode": tables_under_headings(decoded, *SHORT_TABLES)},
     }
     return {page: replace_parts(page, of_page) for page, of_page in parts.items()}
@@ -119,8 +119,12 @@ def publish():
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
     save_pictures(comparisons, DOCS)
-    # Half precision is what is deployed.
-    save_overview(max(covered, key=lambda c: (len(c.cases), c.setting["precision"] == "fp16")), COVERAGE_PICTURE)
+    save_overview(fullest(covered), COVERAGE_PICTURE)
+
+
+def fullest(comparisons):
+    """Returns the Comparison with the most items, of those the one with the most cases; half precision is deployed."""
+    return max(comparisons, key=lambda c: (len(c.items), len(c.cases), c.setting["precision"] == "fp16"))
 
 
 def replace_parts(page, parts):

@@ -19,7 +19,7 @@ from harness import models
 from harness.errors import UserError
 from harness.reports.comparison import compare, drop_superseded, read_rows
 from harness.reports.pictures import save_pictures
-from harness.reports.tables import compact_table, coverage_table, long_table, verdict_table
+from harness.reports.tables import compact_table, long_table, verdict_table
 from harness.rows import COLUMNS, append_row, check_results_file, csv_line, find_statuses
 from made_up_rows import row
 
@@ -70,7 +70,7 @@ def test_reports_of_a_csv(content):
         (directory / "rows.csv").write_bytes(content)
         rows = read_rows([directory / "rows.csv"])
         for comparison in compare(drop_superseded(rows)):
-            for table in (compact_table, verdict_table, long_table, coverage_table):
+            for table in (compact_table, verdict_table, long_table):
                 assert isinstance(table(comparison), str)
 
 

@@ -228,15 +228,15 @@ def test_publishing_fills_the_pages_and_the_pictures(command, project):
     assert (copy / "docs" / "some_model_infer_time.png").read_bytes().startswith(b"\x89PNG")
     assert (copy / "docs" / "coverage.png").read_bytes().startswith(b"\x89PNG")
     covered = part(copy / "docs" / "coverage.md", "coverage")
-    assert ["other/model", "1", "2.00 ± 0.02 ms", "", "failed"] in table_rows(covered)
-    assert ["some/model", "1", "3.00 ± 0.03 ms", "**2.00x fasterᵈ**", "4.00x slower"] in table_rows(covered)
-    assert ["some/model", "8", "**2.00 ± 0.02 ms**", "", "**level**"] in table_rows(covered)
-    assert "- other/model, batch size 1, tvm: failed, `RuntimeError: a | b`" in covered
+    assert ["other/model", "fp32", "1", "2.00 ± 0.02", "", "failed", ""] in table_rows(covered)
+    assert ["some/model", "fp32", "1", "3.00 ± 0.03", "**1.50 ± 0.01ᵈ**", "12.0 ± 0.1", "2.00x"] in table_rows(covered)
+    assert ["some/model", "fp32", "8", "**2.00 ± 0.02**", "", "**2.00 ± 0.02**", "level"] in table_rows(covered)
+    assert "- other/model, fp32, batch size 1, tvm: failed, `RuntimeError: a | b`" in covered
     for name in ("README.md", "docs/coverage.md"):
         totals = table_rows(part(copy / name, "totals"))
-        assert ["GPU A", "fp32", "torch", "3 of 3", "/", "0", "1"] in totals
-        assert ["GPU A", "fp32", "torch_compile", "1 of 1", "1", "1", "0"] in totals
-        assert ["GPU A", "fp32", "tvm", "2 of 3", "0", "0", "1"] in totals
+        assert ["GPU A", "fp32", "not recorded", "torch", "3 of 3", "/", "0", "1"] in totals
+        assert ["GPU A", "fp32", "not recorded", "torch_compile", "1 of 1", "1", "1", "0"] in totals
+        assert ["GPU A", "fp32", "not recorded", "tvm", "2 of 3", "0", "0", "1"] in totals
     before = snapshot(copy)
     older = {"harness_version": "0", "timestamp_utc": "2025-01-01T00:00:00+00:00"}
     superseded = [row("torch", 1, 5.0, **older), row("tvm", 1, 4.0, **older)]

@@ -241,37 +241,6 @@ def long_table(comparison):
     return paragraphs(table(lines, right=set(lines[0]) - {"model_name", "test_item", "status"}))
 
 
-def coverage_table(comparison):
-    """Returns a line a case with every item against eager PyTorch, and which item is the fastest."""
-    lines = []
-    for case in comparison.cases:
-        line = {"model": case.label, "batch size": case.batch_size, **dict.fromkeys(comparison.items, "")}
-        eager = next((r for r in case.rows if r["test_item"] == verdict.EAGER and r["status"] == "ok"), None)
-        winners = case.winners()
-        for row in case.rows:
-            text = row["status"]
-            if text == "ok" and (row is eager or eager is None):
-                text = f"{median_text(row)} ms{marks(row)}"
-            elif text == "ok":
-                text = against_eager(row, eager) + marks(row)
-            line[row["test_item"]] = f"**{text}**" if row["test_item"] in winners else text
-        lines.append(line)
-    text = table(lines, right={"batch size"})
-    return paragraphs(text, legend(text), reasons(comparison))
-
-
-def against_eager(row, eager):
-    """Returns how many times faster or slower than eager a row is, in words and with the digits that are sure."""
-    if is_level(row, eager):
-        return "level"
-    ratio, spread = verdict.speedup(eager, row)
-    word = "faster"
-    if ratio < 1:
-        ratio, spread = verdict.speedup(row, eager)
-        word = "slower"
-    return f"{rounded(ratio, allowed_decimals(ratio, spread, 2))}x {word}" if spread < ratio else word
-
-
 def is_level(row, other):
     """Returns whether the spreads of two rows that are ok overlap, by the verdict's rule."""
     one, two = (verdict.contenders([r])[0] for r in (row, other))
@@ -297,6 +266,7 @@ def totals_table(comparisons):
                 {
                     "device_name": comparison.setting["device_name"],
                     "precision": comparison.title.partition(", ")[2],
+                    "harness": comparison.rows[0]["harness_version"] or "not recorded",
                     "test_item": item,
                     "ok": f"{ok} of {len(with_item)}",
                     "faster than eager": "/" if item == verdict.EAGER else faster,
