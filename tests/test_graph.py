@@ -144,8 +144,8 @@ def test_products_of_the_same_input_become_one():
     simplify(exported)
     torch.testing.assert_close(exported.module()(x=x), expected)
     products = [node for node in exported.graph.nodes if node.target == torch.ops.aten.addmm.default]
-    # Values have joined the queries. The weights of the keys and the tied layer are read twice; a gate has its relu().
-    assert sorted(node.meta["val"].shape[1] for node in products) == [5, 8, 8, 18]
+    # Queries, keys, values and one reading of the tied layer; another input; a gate has its relu().
+    assert sorted(node.meta["val"].shape[1] for node in products) == [5, 8, 32]
 
 
 @torch.no_grad()

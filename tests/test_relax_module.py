@@ -63,6 +63,33 @@ def test_what_follows_a_matrix_product_fuses_with_it(tvm):
     ]
 
 
+class Shared(torch.nn.Module):
+    """Projections of the same input, with and without bias, that two layers share, as ALBERT's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.softmax(self.queries(x) @ self.keys(x).mT, -1) @ x
+        return x
+
+
+@torch.no_grad()
+def test_shared_projections_are_one_product_of_weights_that_are_joined_once(tvm):
+    torch.manual_seed(0)
+    model, x, target = Shared().eval(), torch.randn(2, 5, 8), tvm.target.Target({"kind": "llvm", "num-cores": 2})
+    exported = export_for_tvm(model, {"x": x})
+    module, weights = tuned_module(exported, target)
+    calls = re.findall(r"call_tir\((\w+),", re.sub(r"\d+", "", module["main"].script()))
+    assert calls.count("fused_matmul_add") == 2 and not any("concat" in name for name in calls)
+    joined = re.findall(r"call_tir\((\w+),", re.sub(r"\d+", "", module["main_transform_params"].script()))
+    assert sum("concat" in name for name in joined) == 2  # of the weights and of the biases, for both layers
+    found = torch.from_dlpack(compile_plainly(module, weights, exported, x, target)()[0])
+    torch.testing.assert_close(found, model(x))
+
+
 @torch.no_grad()
 def test_tasks_know_what_no_kernel_computes(tvm):
     """The image, and what was made of weights, as the transposed ones of Linear layers; a residual is none of it."""

@@ -1,6 +1,10 @@
 """Rewrites of the exported graph that change its weights: BatchNorm folded, products of the same input made one."""
 
+import functools
+
 import torch
+
+from tvm_items.exported_graph import insert_call
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -62,20 +66,20 @@ def fold_batch_norm(norm, product, weight, bias, constants):
 def merge_parallel_products(exported):
     """Makes one product of those that read the same input, as the projections to queries, keys and values do.
 
-    Their weights and biases become one, and each result is a slice of its columns: one launch, which fills more of a
-    GPU than each of them. A product that something pointwise follows stays alone: that fuses with it, and would not
-    with a slice.
+    Their weights and biases become one, which is computed once, and each result is a slice of its columns: one launch,
+    which fills more of a GPU than each of them. A product that something pointwise follows stays alone: that fuses with
+    it, and would not with a slice.
     """
     constants = Constants(exported)
     groups = {}
     for target in (aten.mm.default, aten.addmm.default):
         for product in exported.graph.find_nodes(op="call_function", target=target):
-            if constants.are_used_once(constants_of_product(product)) and not is_followed_by_pointwise(product):
+            if constants.include(constants_of_product(product)) and not is_followed_by_pointwise(product):
                 source = input_of_product(product)
                 groups.setdefault((behind_views(source), shape(source), source.meta["val"].dtype), []).append(product)
     for products in groups.values():
         if len(products) > 1:
-            merge_products(sorted(products), constants)
+            merge_products(sorted(products))
 
 
 def input_of_product(product):
@@ -112,28 +116,23 @@ def is_pointwise(node):
     return is_cast or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def merge_products(products, constants):
+def merge_products(products):
     """Replaces Linear layers' products of the same input, in the graph's order, by slices of one that comes first."""
-    graph, first = products[0].graph, products[0]
+    insert = functools.partial(insert_call, products[0])
     weights, biases = zip(*((constants_of_product(product) + [None])[:2] for product in products))
     widths = [shape(weight)[0] for weight in weights]
-    constants.write(weights[0], torch.cat([constants.read(weight) for weight in weights]))
-    transposed = first.args[-1]
-    transposed.meta["val"] = weights[0].meta["val"].permute(1, 0)
+    weight = insert(aten.permute.default, insert(aten.cat.default, list(weights)), [1, 0])
+    operands, like = (input_of_product(products[0]), weight), weights[0].meta["val"]
     if any(biases):
-        bias = next(filter(None, biases))
-        parts = [constants.read(node) if node else torch.zeros(width) for node, width in zip(biases, widths)]
-        constants.write(bias, torch.cat(parts))
-        first.target, first.args = aten.addmm.default, (bias, input_of_product(first), transposed)
-    first.meta["val"] = first.meta["val"].new_empty(shape(first)[0], sum(widths))
-    parts, start = [], 0
-    for width in widths:
-        with graph.inserting_after(first):
-            parts.append(graph.call_function(aten.slice.Tensor, (first, 1, start, start + width)))
-        parts[-1].meta["val"] = first.meta["val"].new_empty(shape(first)[0], width)
+        zeros = functools.partial(insert, aten.full.default, dtype=like.dtype, device=like.device)
+        parts = [bias or zeros([width], 0) for bias, width in zip(biases, widths)]
+        merged = insert(aten.addmm.default, insert(aten.cat.default, parts), *operands)
+    else:
+        merged = insert(aten.mm.default, *operands)
+    start = 0
+    for product, width in zip(products, widths):
+        product.replace_all_uses_with(insert(aten.slice.Tensor, merged, 1, start, start + width))
         start += width
-    for product, part in zip(products, parts):
-        product.replace_all_uses_with(part, lambda user: user not in parts)
 
 
 class Constants:
@@ -145,9 +144,13 @@ class Constants:
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.stores = (exported.state_dict, exported.constants)
 
+    def include(self, nodes):
+        """Returns whether all of `nodes` are constants."""
+        return all(node is not None and node.name in self.names for node in nodes)
+
     def are_used_once(self, nodes):
         """Returns whether all of `nodes` are constants, each with one user."""
-        return all(node is not None and node.name in self.names and len(node.users) == 1 for node in nodes)
+        return self.include(nodes) and all(len(node.users) == 1 for node in nodes)
 
     def read(self, node):
         """Returns the constant's value in float64."""
