@@ -19,16 +19,17 @@ NO_COMPILER = re.compile(
     r"InvalidCxxCompiler|Failed to find C compiler|Python\.h: No such file|Command '\['[^']*(cc|clang)'.*non-zero exit"
 )
 COMPILER_REMEDY = "a C++ compiler and Python's headers are needed (apt install g++ python3-dev): "
+INSTALLED_IN = re.compile(r"[^\s\"']*/(?:site|dist)-packages/")  # of no use to other machines, and long
 TORCH_HINT = re.compile(r" ?Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace.*")  # at the end of every message
 
 
 def one_line(error, limit=300):
     """Returns the class and the message of an exception in one line of at most `limit` characters.
 
-    What is too long is cut in the middle: a compiler's command line may stand there, and the reason at the end. Where a
-    compiler is missing, the line begins with the remedy.
+    What is too long is cut in the middle: a compiler's command line may stand there, and the reason at the end. Files
+    of installed packages are named from the package on. Where a compiler is missing, the line begins with the remedy.
     """
-    text = TORCH_HINT.sub("", without_breaks(f"{type(error).__name__}: {error}"))
+    text = TORCH_HINT.sub("", INSTALLED_IN.sub("", without_breaks(f"{type(error).__name__}: {error}")))
     remedy = COMPILER_REMEDY if NO_COMPILER.search(text) else ""
     limit -= len(remedy)
     if len(text) > limit:

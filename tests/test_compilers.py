@@ -77,3 +77,8 @@ def test_the_hint_that_ends_every_error_of_inductor_is_left_out():
         'no such operator\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace; set TORCH_LOGS="+d"'
     )
     assert one_line(error) == "RuntimeError: no such operator"
+
+
+def test_files_of_packages_are_named_from_the_package_on():
+    error = RuntimeError('in /a/b-1/lib/python3.12/site-packages/x/y.py:3, File "/usr/lib/dist-packages/z.py", line 4')
+    assert one_line(error) == 'RuntimeError: in x/y.py:3, File "z.py", line 4'
