@@ -83,3 +83,15 @@ def test_making_random_weights_leaves_nothing_behind_in_fp32():
     case = make_case(CONFIG_MAPPING["levit"](**fields))
     model, inputs = load_on_device(case, torch.float16)
     assert model(**inputs).logits.dtype == torch.float16
+
+
+@torch.no_grad()
+def test_one_logit_is_no_sum_that_cancels_out():
+    """As SigLIP's would be with the first seed; one draw of the noise does not show it."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CONFIG_MAPPING["siglip"](
+        text_config={"vocab_size": 99, **tower}, vision_config={"image_size": 16, "patch_size": 8, **tower}
+    )
+    case = make_case(config)
+    model = load_model(case)
+    assert abs(model(**make_inputs(case)).logits_per_text) > abs(model.logit_bias)
