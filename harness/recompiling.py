@@ -1,6 +1,7 @@
 """Where torch.compile compiles a second time: a part of what compiling costs at first, an error in the timed runs."""
 
 import contextlib
+import re
 import sys
 import time
 
@@ -14,9 +15,31 @@ def dynamo():
     return sys.modules.get("torch._dynamo")
 
 
+@contextlib.contextmanager
 def recompiling_fails():
-    """Returns a context in which an inference fails, with the reason, for which torch.compile would compile anew."""
-    return dynamo().config.patch(error_on_recompile=True) if dynamo() else contextlib.nullcontext()
+    """Makes an inference fail, with the reasons, for which torch.compile would compile anew, while it lasts."""
+    if not dynamo():
+        yield
+        return
+    try:
+        with dynamo().config.patch(error_on_recompile=True):
+            yield
+    except dynamo().exc.RecompileError as error:
+        # A line for each of the function's compiled forms, with the condition that it is no longer used for, and where
+        # in the code that comes from; around them half a page of a stack trace.
+        reasons = re.findall(r"- (\d+/\d+: .*?)\s*(?:#|$)", str(error), re.MULTILINE)
+        error.args = (f"torch.compile compiles anew; {'; '.join(reasons)}",)
+        raise
+
+
+def would_recompile(run):
+    """Returns whether torch.compile would have compiled anew in an inference, which has failed then."""
+    try:
+        with recompiling_fails():
+            run()
+    except dynamo().exc.RecompileError:
+        return True
+    return False
 
 
 def finish_compiling(run, device):
@@ -28,13 +51,10 @@ def finish_compiling(run, device):
     # TVM's export imports torch.compile's module, too, and compiles nothing by it: its inferences may take seconds.
     compiles = dynamo() and dynamo().utils.counters["frames"]
     for _ in range(MOST_RECOMPILES if compiles else 0):
-        try:
-            with recompiling_fails():
-                run()
+        if not would_recompile(run):
             break
-        except dynamo().exc.RecompileError:
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds += time.perf_counter() - start
     return seconds
