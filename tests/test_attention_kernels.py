@@ -126,19 +126,21 @@ SMALL = {"batch": 1, "heads": 2, "key_heads": 2}
 CACHE = {"query_count": 1, "heads_first": True, "batch": 2}
 # kind -> (fields of the attention, parameters of the kernel: see attention_mma.py and attention_fma.py)
 KERNELS = {
-    "one stage": ({"query_count": 37, "key_count": 37, "head_dim": 32}, (2, 1, 16, 1)),
-    "causal, two tiles": ({"query_count": 80, "key_count": 80, "is_causal": True, "head_dim": 40}, (2, 2, 32, 2)),
+    "one stage": ({"query_count": 37, "key_count": 37, "head_dim": 32}, (2, 1, 16, 1, 1)),
+    "causal, two tiles": ({"query_count": 80, "key_count": 80, "is_causal": True, "head_dim": 40}, (2, 2, 32, 2, 1)),
+    # of the first queries only the first of four groups sees a key
+    "causal, groups of warps": ({"query_count": 80, "key_count": 80, "is_causal": True}, (1, 1, 16, 2, 4)),
     "mask of keys, three stages": (
         {"query_count": 37, "key_count": 80, "batch": 2, "mask_shape": (2, 1, 1, 80), "mask_dtype": "bool"},
-        (3, 1, 16, 3),
+        (3, 1, 16, 3, 2),
     ),
     "biases, grouped": (
         {"query_count": 37, "key_count": 45, "heads": 4, "mask_shape": (1, 4, 37, 45), "mask_dtype": "float16"},
-        (1, 1, 48, 1),
+        (1, 1, 16, 1, 2),
     ),
     "bf16, one tensor": (
         {"query_count": 37, "key_count": 37, "key_heads": 1, "dtype": "bfloat16", "sources": ONE_TENSOR},
-        (3, 1, 32, 2),
+        (3, 1, 32, 2, 1),
     ),
     "fp32, one stage": ({"query_count": 37, "key_count": 37, "dtype": "float32", "head_dim": 32}, (4, 8, 2, 16, 1)),
     "fp32, causal, grouped": (
@@ -216,7 +218,7 @@ def test_what_does_not_fit_is_refused(tvm):
     attention = make_attention(head_dim=128)
     devices = [make_template(tvm, attention, arch=arch) for arch in ("sm_89", "sm_90")]
     assert [template.max_shared_bytes for template in devices] == [99 * 1024, 227 * 1024]
-    large = [values.index(value) for values, value in zip(devices[0].parameters, (8, 1, 64, 3))]
+    large = [values.index(value) for values, value in zip(devices[0].parameters, (8, 1, 64, 3, 1))]
     assert [template.fits(large) for template in devices] == [False, True]
     with pytest.raises(ValueError):
         devices[0].realize(large)

@@ -19,6 +19,7 @@ WARPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 ROW_TILES = (1, 2)
 KEY_TILES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 208, 256)
 STAGES = (1, 2, 3)
+KEY_GROUPS = (1, 2, 4, 8)
 THREAD_COLUMNS, THREAD_ROWS, THREAD_ROW_TILES = (2, 4, 8, 16, 32), (4, 8, 16, 32, 64), (1, 2, 3, 4, 6, 8)
 FMA_KEY_TILES = (16, 32, 64, 96, 128)
 DECODE_WARPS, GROUPS, PARTS, KEYS = (1, 2, 4, 8), (1, 2, 4, 8), (32, 64, 128, 256, 512, 1024), (1, 2, 4, 8)
@@ -65,13 +66,12 @@ class AttentionTemplate(Template):
 def mma_template(attention, limit):
     """Returns the template for tensor cores; limit: bytes of shared memory that a block of threads may have."""
 
-    def is_useful(warps, row_tiles, key_tile, stages):
+    def is_useful(warps, row_tiles, key_tile, stages, key_groups):
         has_idle_warp = (warps - 1) * row_tiles * TILE >= attention.query_count
-        return not has_idle_warp and is_useful_step(attention, key_tile, stages)
+        return not has_idle_warp and is_useful_step(attention, key_tile * key_groups, stages)
 
-    return AttentionTemplate(
-        MMA, attention, mma_kernel, mma_resources, is_useful, [WARPS, ROW_TILES, KEY_TILES, STAGES], limit
-    )
+    options = [WARPS, ROW_TILES, KEY_TILES, STAGES, KEY_GROUPS]
+    return AttentionTemplate(MMA, attention, mma_kernel, mma_resources, is_useful, options, limit)
 
 
 def fma_template(attention, limit):

@@ -3,7 +3,8 @@
 The algorithm is FlashAttention-2's (Dao, arXiv:2307.08691): a block of threads has some queries of a head and goes
 through the keys in steps. The sums that are the scores lie in the registers as the first operand of the product with
 the values has to. Each row's largest score and total of weights so far are kept; when the largest changes, what was
-summed up before is rescaled.
+summed up before is rescaled. Where there are few queries and many keys, groups of the block's warps take the steps in
+turns, each with sums of its own, which are joined in the end.
 """
 
 import math
@@ -21,36 +22,46 @@ def padded_depth(attention):
     return -(-attention.head_dim // TILE) * TILE
 
 
-def mma_resources(attention, warps, row_tiles, key_tile, stages):
+def joined_floats(attention, row_tiles):
+    """Returns how many numbers a thread has of its queries' rows: sums, largest scores and totals."""
+    return row_tiles * (padded_depth(attention) // 2 + 4)
+
+
+def mma_resources(attention, warps, row_tiles, key_tile, stages, key_groups):
     """Returns what a block of threads of mma_kernel() needs: (threads, registers of a thread, bytes of shared memory).
 
-    The registers are an estimate: scores, sums and queries of a warp's rows, and 50 for all else.
+    The registers are an estimate: scores, sums and queries of a warp's rows, and 48 for all else.
     """
     depth = padded_depth(attention)
-    registers = row_tiles * (key_tile // 2 + depth * 3 // 4) + 50
-    shared_bytes = stages * 2 * key_tile * (depth + ROW_PADDING) * 2
-    return WARP_THREADS * warps, registers, shared_bytes
+    registers = row_tiles * (key_tile // 2 + depth * 3 // 4) + 48
+    group_threads = WARP_THREADS * warps
+    in_stages = stages * key_groups * 2 * key_tile * (depth + ROW_PADDING) * 2
+    joined = (key_groups - 1) * group_threads * joined_floats(attention, row_tiles) * 4
+    return group_threads * key_groups, registers, max(in_stages, joined)
 
 
-def mma_kernel(attention, warps, row_tiles, key_tile, stages):
+def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
     """Returns the scheduled TIR function of an Attention in fp16 or bf16, of define_attention()'s signature.
 
-    warps: of a block of threads; row_tiles: 16 queries each, of a warp; key_tile: keys of a step, a multiple of 16;
-    stages: steps whose keys and values are in shared memory or on their way there, at least 1.
+    warps: of a group; row_tiles: 16 queries each, of a warp; key_tile: keys of a step, a multiple of 16; stages: steps
+    whose keys and values are in shared memory or on their way there, at least 1; key_groups: groups of warps in a block
+    of threads, each of which takes its turn in the steps.
     """
     from tvm.script import tirx as T
 
     a = attention
-    threads, warp_rows = WARP_THREADS * warps, TILE * row_tiles
+    group_threads, warp_rows = WARP_THREADS * warps, TILE * row_tiles
+    threads, _, shared_bytes = mma_resources(attention, warps, row_tiles, key_tile, stages, key_groups)
     block_rows, row_length = warps * warp_rows, padded_depth(a) + ROW_PADDING
     query_blocks, steps = -(-a.query_count // block_rows), -(-a.key_count // key_tile)
     sharing = a.heads // a.key_heads
     first_query, first_key, first_value = (source.first for source in a.sources)
     depth_tiles, key_tiles = padded_depth(a) // TILE, key_tile // TILE
     score_count, sum_count = row_tiles * key_tiles * 8, row_tiles * depth_tiles * 8
+    largest_at, totals_at = sum_count, sum_count + row_tiles * 2  # among the numbers that groups join
     row_copies = padded_depth(a) // COPY
     copies = key_tile * row_copies
-    thread_copies = -(-copies // threads)
+    thread_copies = -(-copies // group_threads)
     stage_length = 2 * key_tile * row_length
     softmax = Softmax(a)
     exponent = softmax.exponent
@@ -63,6 +74,12 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
     def crosses_diagonal(step, first_row):
         return a.is_causal and step * key_tile + key_tile - 1 > first_row
 
+    def start(stage, group):  # of what a group has of a stage
+        return (stage * key_groups + group) * stage_length
+
+    def joined_at(group, i, place):  # where a thread of a group, not of the first one, puts one of its numbers
+        return ((group - 1) * joined_floats(a, row_tiles) + i) * group_threads + place
+
     def is_cut(step):
         return a.key_count % key_tile != 0 and step == steps - 1
 
@@ -71,7 +88,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
         T.device_entry()
         block = T.cta_id([query_blocks * a.heads * a.batch])
         thread = T.thread_id([threads])
-        shared = T.alloc_buffer((stages * stage_length,), a.dtype, scope="shared.dyn", align=128)
+        shared = T.alloc_buffer((shared_bytes // 2,), a.dtype, scope="shared.dyn", align=128)
         query_fragments = T.alloc_local((row_tiles * depth_tiles * 4,), "uint32")
         fragment = T.alloc_local((4,), "uint32")
         scores = T.alloc_local((score_count,), "float32")
@@ -81,24 +98,27 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
         before = T.alloc_local((row_tiles * 2,), "float32")
         totals = T.alloc_local((row_tiles * 2,), "float32")
         packed = T.alloc_local((1,), "uint32")
+        theirs = T.alloc_local((1,), "float32")
         batch: T.let = block // (query_blocks * a.heads)
         head: T.let = block // query_blocks % a.heads
         lane: T.let = thread % WARP_THREADS
+        group: T.let = thread // group_threads
+        place: T.let = thread % group_threads  # in the group
         # Where attention is causal the last queries see the most keys: they begin first.
         number: T.let = query_blocks - 1 - block % query_blocks if a.is_causal else block % query_blocks
-        first_row: T.let = number * block_rows + thread // WARP_THREADS * warp_rows  # of the warp
+        first_row: T.let = number * block_rows + place // WARP_THREADS * warp_rows  # of the warp
         row: T.let = first_row + lane // 4  # of what the thread has of a tile, and 8 below
         end: T.let = T.min(steps, (number * block_rows + block_rows - 1) // key_tile + 1) if a.is_causal else steps
 
         @T.inline
         def copy(step, stage, source, head, offset):
             for i in T.unroll(thread_copies):
-                index: T.let = i * threads + thread
+                index: T.let = i * group_threads + place
                 key: T.let = step * key_tile + index // row_copies
                 column: T.let = index % row_copies * COPY
                 if index < copies:
                     T.ptx["cp.async.cg.shared.global"](
-                        T.address_of(shared[stage * stage_length + offset + index // row_copies * row_length + column]),
+                        T.address_of(shared[start(stage, group) + offset + index // row_copies * row_length + column]),
                         T.address_of(
                             source[batch, T.min(key, a.key_count - 1), head, T.min(column, a.head_dim - COPY)]
                         ),
@@ -117,7 +137,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                         *[fragment[i] for i in range(4)],
                         T.address_of(
                             shared[
-                                stage * stage_length
+                                start(stage, group)
                                 + (j * TILE + lane // 16 * 8 + lane % 8) * row_length
                                 + d * TILE
                                 + lane // 8 % 2 * 8
@@ -197,7 +217,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                         *[fragment[i] for i in range(4)],
                         T.address_of(
                             shared[
-                                stage * stage_length
+                                start(stage, group)
                                 + key_tile * row_length
                                 + (j * TILE + lane % 16) * row_length
                                 + d * TILE
@@ -215,10 +235,49 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                                 *[sums[((r * depth_tiles + d) * 2 + n) * 4 + i] for i in range(4)],
                             )
 
-        for step in T.unroll(stages - 1):
+        @T.inline
+        def join_groups():  # into what the first group has, through what were the stages
+            T.cuda.cta_sync()
+            joined = T.decl_buffer((shared_bytes // 4,), "float32", data=shared.data, scope="shared.dyn")
+            if group > 0:
+                for i in T.unroll(sum_count):
+                    joined[joined_at(group, i, place)] = sums[i]
+                for i in T.unroll(row_tiles * 2):
+                    joined[joined_at(group, largest_at + i, place)] = largest[i]
+                    joined[joined_at(group, totals_at + i, place)] = totals[i]
+            T.cuda.cta_sync()
+            if group == 0:
+                for other in T.unroll(1, key_groups):
+                    for r in T.unroll(row_tiles):
+                        for h in T.unroll(2):
+                            row_half: T.let = r * 2 + h
+                            before[row_half] = largest[row_half]
+                            theirs[0] = joined[joined_at(other, largest_at + row_half, place)]
+                            largest[row_half] = T.max(before[row_half], theirs[0])
+                            before[row_half] = exponent(before[row_half], largest[row_half])
+                            theirs[0] = exponent(theirs[0], largest[row_half])
+                            T.ptx["ex2.approx.ftz.f32"](before[row_half], before[row_half])
+                            T.ptx["ex2.approx.ftz.f32"](theirs[0], theirs[0])
+                            totals[row_half] = (
+                                totals[row_half] * before[row_half]
+                                + joined[joined_at(other, totals_at + row_half, place)] * theirs[0]
+                            )
+                            for n in T.unroll(depth_tiles * 2):
+                                for i in T.unroll(2):
+                                    at: T.let = (r * depth_tiles * 2 + n) * 4 + h * 2 + i
+                                    sums[at] = (
+                                        sums[at] * before[row_half] + joined[joined_at(other, at, place)] * theirs[0]
+                                    )
+
+        @T.inline
+        def copy_step(turn):
+            step: T.let = turn * key_groups + group
             if step < end:
-                copy(step, step, keys, first_key + head // sharing, 0)
-                copy(step, step, values, first_value + head // sharing, key_tile * row_length)
+                copy(step, turn % stages, keys, first_key + head // sharing, 0)
+                copy(step, turn % stages, values, first_value + head // sharing, key_tile * row_length)
+
+        for turn in T.unroll(stages - 1):
+            copy_step(turn)
             T.ptx["cp.async.commit_group"]()
         for r in T.unroll(row_tiles):
             for d in T.unroll(depth_tiles):
@@ -242,19 +301,12 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
             totals[i] = T.float32(0)
         for i in T.unroll(sum_count):
             sums[i] = T.float32(0)
-        for step in T.serial(end):
+        for turn in T.serial((end + key_groups - 1) // key_groups):
+            step: T.let = turn * key_groups + group
             if stages > 1:
                 T.ptx["cp.async.wait_group"](stages - 2)
                 T.cuda.cta_sync()
-                if step + stages - 1 < end:
-                    copy(step + stages - 1, (step + stages - 1) % stages, keys, first_key + head // sharing, 0)
-                    copy(
-                        step + stages - 1,
-                        (step + stages - 1) % stages,
-                        values,
-                        first_value + head // sharing,
-                        key_tile * row_length,
-                    )
+                copy_step(turn + stages - 1)
                 T.ptx["cp.async.commit_group"]()
             else:
                 T.cuda.cta_sync()
@@ -266,18 +318,20 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                 T.cuda.cta_sync()
             # A warp may have no queries, or, where attention is causal, none that see a key of the step.
             is_active: T.let = T.And(
-                first_row < a.query_count,
+                T.And(first_row < a.query_count, step < end),
                 step * key_tile < first_row + warp_rows if a.is_causal else T.bool(True),
             )
             if is_active:
-                multiply_queries_and_keys(step % stages)
+                multiply_queries_and_keys(turn % stages)
                 hide_unseen(step)
                 update_softmax()
             if stages == 1:
                 T.ptx["cp.async.wait_group"](0)
                 T.cuda.cta_sync()
             if is_active:
-                multiply_weights_and_values(step % stages)
+                multiply_weights_and_values(turn % stages)
+        if key_groups > 1:
+            join_groups()
         for r in T.unroll(row_tiles):
             for h in T.unroll(2):
                 for i in T.unroll(2):
@@ -286,7 +340,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages):
                     )
                 # Of a query that sees no key the total is 0, and so are its sums; else it is 1 at least.
                 totals[r * 2 + h] = T.float32(1) / T.max(totals[r * 2 + h], T.float32(1e-30))
-                if row + r * TILE + h * 8 < a.query_count:
+                if T.And(group == 0, row + r * TILE + h * 8 < a.query_count):
                     for n in T.unroll(a.head_dim // 8):
                         T.ptx[pack](
                             packed[0],
