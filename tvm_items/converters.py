@@ -20,14 +20,16 @@ def convert_element_type(node, importer):
 def convert_any(node, importer):
     """Converts any() of a whole tensor, by which T5 sees overflow in fp16.
 
-    Axis by axis: TVM's default schedule gives a reduction to a scalar one thread of the GPU.
+    First along the last axis, then the rest: TVM's default schedule gives a reduction of all axes to one thread.
     """
     from tvm import relax
 
-    largest = relax.op.astype(importer.env[node.args[0]], "int32")
-    for _ in node.args[0].meta["val"].shape:
-        largest = importer.block_builder.emit(relax.op.max(largest, axis=-1))
-    return importer.block_builder.emit(relax.op.astype(largest, "bool"))
+    *outer, length = map(int, node.args[0].meta["val"].shape or (1,))
+    rows = relax.op.reshape(importer.env[node.args[0]], (math.prod(outer), length))
+    largest = importer.block_builder.emit(relax.op.max(relax.op.astype(rows, "int32"), axis=-1))
+    if math.prod(outer) > 1:
+        largest = importer.block_builder.emit(relax.op.max(relax.op.reshape(largest, (1, -1)), axis=-1))
+    return importer.block_builder.emit(relax.op.astype(relax.op.reshape(largest, ()), "bool"))
 
 
 def convert_histc(node, importer):
