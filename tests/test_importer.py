@@ -153,6 +153,21 @@ def test_memory_read_in_another_order_and_numbers_that_tvm_cannot_make():
     assert relative_error(output_arrays(run()), output_arrays(Awkward()(**inputs))) < 1e-6
 
 
+def test_what_is_rolled_is_slices_that_change_places():
+    """As Swin's windows are shifted: a choice of rows by number would be launches of its own."""
+
+    class Rolling(torch.nn.Module):
+        def forward(self, pixel_values):
+            there = torch.roll(pixel_values, (-2, 1), (1, 2))
+            return there, torch.roll(there * 2, (2, -1), (1, 2)), torch.roll(pixel_values, 9, -1), pixel_values.roll(7)
+
+    inputs = {"pixel_values": torch.randn(2, 3, 4)}
+    graph = export_for_tvm(Rolling(), inputs).graph
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.index_select.default)
+    run = benchmark.tvm_default(Rolling(), inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(Rolling()(**inputs))) == 0
+
+
 def test_indices_along_several_axes_belong_together():
     """As in ConvBERT's windows; with an axis before, behind and between."""
 

@@ -46,6 +46,7 @@ def export_for_tvm(model, inputs, whole_attention=False):
     """
     model, inputs = model.cpu(), {name: tensor.cpu() for name, tensor in inputs.items()}
     table = torch.export.default_decompositions()
+    table[aten.roll.default] = decompose_roll
     if whole_attention:
         table[SDPA] = decompose_attention
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -67,6 +68,22 @@ def export_for_tvm(model, inputs, whole_attention=False):
     if of_other_meaning:  # the check of its output will say so
         return of_other_meaning
     raise error or ValueError("the sizes of its tensors depend on values of its inputs")
+
+
+def decompose_roll(tensor, shifts, dims=()):
+    """Returns torch.roll() as slices that change places, as Swin's windows are shifted.
+
+    PyTorch decomposes it into a choice of rows by their numbers, which TVM fuses with nothing: two launches for an
+    image.
+    """
+    if not dims:
+        return decompose_roll(tensor.flatten(), shifts, (0,)).view(tensor.shape)
+    for shift, dim in zip(shifts, dims):
+        size = tensor.shape[dim]
+        if size and shift % size:
+            front = size - shift % size
+            tensor = torch.cat([tensor.narrow(dim, front, size - front), tensor.narrow(dim, 0, front)], dim)
+    return tensor
 
 
 def decompose(exported, table):
