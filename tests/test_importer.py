@@ -297,3 +297,43 @@ def test_what_detectors_and_caches_are_made_of():
         run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
         expected = [output.numpy() for output in model(**inputs)[:3]]
     assert relative_error(output_arrays(run()), expected) < 1e-6
+
+
+def test_a_convolution_that_is_cut_at_its_ends():
+    """As wav2vec 2.0's positions and Mamba's causal convolution: what is cut off is not computed, nor cut from it."""
+
+    class Cut(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.even = torch.nn.Conv1d(8, 16, 4, padding=2, groups=2)
+            self.causal = torch.nn.Conv1d(8, 8, 3, padding=4, dilation=2, groups=8)
+            self.strided = torch.nn.Conv2d(1, 3, 3, stride=2, padding=3)
+
+        def forward(self, pixel_values):
+            images = self.strided(pixel_values[:, None])
+            return self.even(pixel_values)[:, :, :-1], self.causal(pixel_values)[..., :9], images[:, :, 1:-1, 1:]
+
+    model, inputs = Cut().requires_grad_(False), {"pixel_values": torch.randn(2, 8, 9)}
+    exported = export_for_tvm(model, inputs)
+    module, _ = import_to_relax(exported)
+    assert "strided_slice" not in module.script()
+    run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(model(**inputs))) < 1e-6
+
+
+def test_a_convolution_that_is_cut_further_or_read_elsewhere_is_left_alone():
+    class Kept(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (torch.nn.Conv1d(8, 8, 4, padding=1) for _ in range(3))
+
+        def forward(self, pixel_values):
+            of_two, further, channels = (layer(pixel_values) for layer in (self.first, self.second, self.third))
+            return of_two[:, :, :-1], of_two.sum(), further[:, :, :-2], channels[:, 1:]
+
+    model, inputs = Kept().requires_grad_(False), {"pixel_values": torch.randn(2, 8, 9)}
+    exported = export_for_tvm(model, inputs)
+    module, _ = import_to_relax(exported)
+    assert module.script().count("strided_slice") == 3
+    run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(model(**inputs))) < 1e-6

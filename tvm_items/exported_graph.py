@@ -150,6 +150,31 @@ def cut_windows(graph):
             node.args = (image, list(map(min, window, sides)), list(map(min, stride, sides)), *others)
 
 
+def shorten_convolutions(graph):
+    """Gives convolutions whose output is cut at its ends, [:, :, :-1], less padding there, in place.
+
+    wav2vec 2.0's positions and Mamba's causal convolution are such. TVM would compute what is cut off, too: of wav2vec
+    2.0's its default schedule keeps all sums in the shared memory of one block of threads, more than a GPU has there.
+    A padding with two numbers for each dimension is TVM's, not PyTorch's: nothing may run the graph from here on.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=aten.slice.Tensor)):
+        convolution, axis, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        if convolution.target != aten.convolution.default or len(convolution.users) > 1 or axis < 2 or step != 1:
+            continue
+        *operands, strides, padding, dilation, transposed, offset, groups = convolution.args
+        size, dimensions = convolution.meta["val"].shape[axis], len(strides)
+        start, end, _ = slice(start, end).indices(size)
+        padding = (2 * list(padding))[: 2 * dimensions]  # in front of each dimension, then behind each
+        padding[axis - 2] -= start * strides[axis - 2]
+        padding[axis - 2 + dimensions] -= (size - end) * strides[axis - 2]
+        if transposed or min(padding) < 0:
+            continue
+        convolution.args = (*operands, strides, padding, dilation, transposed, offset, groups)
+        convolution.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(convolution)
+        graph.erase_node(node)
+
+
 def drop_empty_parts(graph):
     """Drops tensors without an element from concatenations, in place, and makes those that are left anew.
 

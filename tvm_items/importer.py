@@ -20,6 +20,7 @@ from tvm_items.exported_graph import (
     cut_windows,
     drop_empty_parts,
     drop_numbers_from_output,
+    shorten_convolutions,
     sort_largest,
     sort_plainly,
     subtract_integers_by_adding,
@@ -164,6 +165,7 @@ def import_to_relax(exported):
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
     count_from_the_front(exported.graph)
+    shorten_convolutions(exported.graph)
     converters = CONVERTERS | {
         "scaled_dot_product_attention.default": convert_attention,
         "index_copy.default": convert_index_copy,
