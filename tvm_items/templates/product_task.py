@@ -23,7 +23,7 @@ from tvm_items.templates.expressions import (
 
 ALLOW_TF32 = "allow_tf32"  # an attribute of a task's function: whether operands in fp32 may be rounded to TF32
 ROUNDED = "rounded_to_tf32"  # another one: the numbers of the parameters that are rounded already
-MIN_COLUMNS, MIN_TERMS = 8, 16  # with fewer there is little to multiply
+MIN_COLUMNS, MIN_TERMS = 8, 8  # with fewer there is little to multiply
 MAX_BATCH = 65535  # of a launch's second dimension (CUDA C++ Programming Guide, compute capabilities)
 MAX_ELEMENTS = 2**31 - 1  # of a parameter: indices have 32 bits
 
@@ -212,8 +212,8 @@ def separate(schedule):
     if len(blocks) != 2:
         raise ValueError("more than a product and what follows it")
     for block in (product, copy):
-        extents = math.prod(int(schedule.get(loop).extent) for loop in schedule.get_loops(block))
-        if extents != math.prod(int(loop.dom.extent) for loop in schedule.get(block).iter_vars):
+        (*_, innermost) = schedule.get_loops(block)
+        if not is_one(schedule.get(innermost).body.predicate):  # as where a part of the product is cut off
             raise ValueError("a block that is left out for some of its iterations")
     return schedule.get(product), schedule.get(copy)
 
@@ -244,6 +244,10 @@ def find_factors(product):
 
 def is_zero(expression):
     return float(getattr(expression, "value", math.nan)) == 0
+
+
+def is_one(expression):
+    return float(getattr(expression, "value", math.nan)) == 1
 
 
 def is_elementwise(block):
