@@ -89,3 +89,10 @@ def test_what_does_not_compile_is_named_first(tvm):
     kernel = '#include <cuda_fp16.h>\n#include <cuda_fp8.h>\nextern "C" __global__ void kernel(float* x) { *x = y; }'
     with pytest.raises(RuntimeError, match=r'failed:\s+\S+: error: identifier "y" is undefined'):
         nvcc.compile_cuda(kernel, target_format="cubin", arch="sm_90")
+
+
+def test_an_error_of_the_linker_says_what_is_wrong(tvm):
+    """As of wav2vec 2.0's positions before shorten_convolutions(), for which the library's own error has a number."""
+    kernel = 'extern "C" __global__ void %s(float* x) { __shared__ float s[%d]; s[threadIdx.x] = *x; *x = s[0]; }\n'
+    with tvm.target.Target(json.loads(H200)), pytest.raises(RuntimeError, match="'large' uses too much shared data"):
+        compile_kernels(kernel % ("small", 8) + kernel % ("large", 2**14))

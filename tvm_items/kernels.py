@@ -46,13 +46,21 @@ def split_into_programs(source, limit):
 
 
 def link(cubins, arch):
-    """Links cubins of relocatable device code for `arch`, such as "sm_90", to one."""
+    """Links cubins of relocatable device code for `arch`, such as "sm_90", to one.
+
+    Raises RuntimeError with what the linker says, such as which kernel takes more shared memory than there is.
+    """
     from cuda.bindings import nvjitlink
 
     linker = nvjitlink.create(1, [f"-arch={arch}"])
-    for cubin in cubins:
-        nvjitlink.add_data(linker, nvjitlink.InputType.CUBIN, bytes(cubin), len(cubin), "kernels")
-    nvjitlink.complete(linker)
+    try:
+        for cubin in cubins:
+            nvjitlink.add_data(linker, nvjitlink.InputType.CUBIN, bytes(cubin), len(cubin), "kernels")
+        nvjitlink.complete(linker)
+    except nvjitlink.nvJitLinkError as error:  # which names a number: what is wrong stands in the log
+        log = bytearray(nvjitlink.get_error_log_size(linker))
+        nvjitlink.get_error_log(linker, log)
+        raise RuntimeError(log.decode(errors="replace").strip("\0\n ")) from error
     linked = bytearray(nvjitlink.get_linked_cubin_size(linker))
     nvjitlink.get_linked_cubin(linker, linked)
     nvjitlink.destroy(linker)
