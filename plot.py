@@ -20,7 +20,7 @@ from pathlib import Path
 from harness.arguments import OneLineParser
 from harness.errors import UserError, print_error
 from harness.reports.answer import answer_in_short, answer_tables
-from harness.reports.comparison import across_precisions, compare, drop_superseded, read_rows
+from harness.reports.comparison import across, compare, drop_superseded, read_rows
 from harness.reports.history import move_superseded
 from harness.reports.overview import save_overview
 from harness.reports.pictures import save_pictures
@@ -97,12 +97,15 @@ def read_published(path):
 
 def make_pages(comparisons, covered, decoded):
     """Returns {page: its text}, with the tables of the published comparisons in their places."""
-    answers = across_precisions(comparisons)
+    answers = across("precision", comparisons)
     in_readme = {"answer": answer_tables(answers), "short": answer_in_short(answers)}
     parts = {
-        README: in_readme | {"totals": totals_table([fullest(covered)])},
+        README: in_readme | {"totals": totals_table([most_families(covered)])},
         RESULTS_PAGE: {"tables": tables_under_headings(comparisons, *SHORT_TABLES, long_table)},
-        COVERAGE_PAGE: {"totals": totals_table(covered), "coverage": answer_tables(across_precisions(covered))},
+        COVERAGE_PAGE: {
+            "totals": totals_table(across("harness_version", covered)),
+            "coverage": answer_tables(across("precision", covered)),
+        },
         DECODE_PAGE: {"decode": tables_under_headings(decoded, *SHORT_TABLES)},
     }
     return {page: replace_parts(page, of_page) for page, of_page in parts.items()}
@@ -119,12 +122,16 @@ def publish():
     for page, text in pages.items():
         page.write_text(text, encoding="utf-8")
     save_pictures(comparisons, DOCS)
-    save_overview(fullest(covered), COVERAGE_PICTURE)
+    save_overview(most_families(covered), COVERAGE_PICTURE)
 
 
-def fullest(comparisons):
-    """Returns the Comparison with the most items, of those the one with the most cases; half precision is deployed."""
-    return max(comparisons, key=lambda c: (len(c.items), len(c.cases), c.setting["precision"] == "fp16"))
+def most_families(comparisons):
+    """Returns a Comparison with the most items, and of those the most cases; half precision is deployed.
+
+    Families are measured in parts, each with all its items by one version of this harness: the versions are together.
+    """
+    together = across("harness_version", comparisons)
+    return max(together, key=lambda c: (len(c.items), len(c.cases), c.setting["precision"] == "fp16"))
 
 
 def replace_parts(page, parts):

@@ -4,7 +4,7 @@ import pytest
 
 from harness.case import PRECISIONS
 from harness.reports.answer import answer_in_short, answer_tables, short_models
-from harness.reports.comparison import across_precisions, compare, read_rows
+from harness.reports.comparison import across, compare, read_rows
 from harness.reports.pictures import find_panels, place_lines
 from harness.rows import PRECISION_ORDER
 from made_up_rows import row, write_csv
@@ -17,7 +17,7 @@ def merged(tmp_path):
     """Gives a function that writes rows and returns them read, with a Comparison for all precisions of a setting."""
 
     def merge(rows):
-        return across_precisions(compare(read_rows([write_csv(tmp_path / "rows.csv", rows)])))
+        return across("precision", compare(read_rows([write_csv(tmp_path / "rows.csv", rows)])))
 
     return merge
 

@@ -4,7 +4,9 @@ import pytest
 
 from harness.reports.comparison import compare, read_rows
 from harness.reports.overview import lines_of, names_of, save_overview
+from harness.reports.tables import totals_table
 from made_up_rows import row, write_csv
+from plot import most_families
 
 ITEMS = "torch", "torch_compile", "torch_compile_reduce_overhead", "tvm", "tvm_tune"
 
@@ -46,3 +48,17 @@ def test_the_picture_is_saved_whatever_the_names(comparison, tmp_path):
     comparison.cases[0].rows[0]["model_name"] = "a/$b_{c}$"
     save_overview(comparison, tmp_path / "overview.png")
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_families_of_several_versions_are_counted_together(tmp_path):
+    """Not with rows of fewer items, nor with those of another device."""
+    rows = [
+        row(item, 1, 1.0, model_name=model, harness_version=version, device_name=device)
+        for model, version, device in (("a", "1.0.0+x", "A"), ("b", "1.0.0+y", "A"), ("c", "1.0.0+x", "B"))
+        for item in ITEMS
+    ]
+    rows += [row(ITEMS[0], 1, 1.0, model_name=name, device_name="A", tvm_version="0") for name in "defg"]
+    families = most_families(compare(read_rows([write_csv(tmp_path / "rows.csv", rows)])))
+    assert [case.label for case in families.cases] == ["a", "b"]
+    (line, *_) = [line for line in totals_table([families]).splitlines() if "| tvm_tune" in line]
+    assert "| 2 versions | tvm_tune" in line and "| 2 of 2 |" in line

@@ -25,7 +25,7 @@ LEVEL, UNCLEAR = "level", "unclear"
 def answer_tables(comparisons):
     """Returns the answer table of each Comparison, under headings where there are several.
 
-    comparisons: as across_precisions() returns them.
+    comparisons: as across("precision", …) returns them.
     """
     if len(comparisons) == 1:
         (comparison,) = comparisons
@@ -76,7 +76,7 @@ def lead_text(case):
 def answer_in_short(comparisons):
     """Returns for each device, phase and context length in how many cases which item wins, and by how much.
 
-    comparisons: as across_precisions() returns them; those of other versions or threads are counted together.
+    comparisons: as across("precision", …) returns them; those of other versions or threads are counted together.
     """
     by_title = {}
     for comparison in comparisons:

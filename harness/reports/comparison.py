@@ -45,7 +45,7 @@ class CaseRows(typing.NamedTuple):
 class Comparison(typing.NamedTuple):
     """The cases that were measured in one setting: what a table, a panel or a verdict may hold."""
 
-    setting: dict  # the SETTING columns, which all the rows share; across_precisions() leaves the precision out
+    setting: dict  # the SETTING columns, which all the rows share; across() leaves one out
     cases: list
 
     @property
@@ -182,14 +182,14 @@ def compare(rows):
     ]
 
 
-def across_precisions(comparisons):
-    """Returns Comparisons of which each holds all those that differ in nothing but the precision.
+def across(column, comparisons):
+    """Returns Comparisons of which each holds all those that differ in nothing but one column of their setting.
 
     Their order is that of the first of each; cases are sorted by model, precision and batch size.
     """
     merged = defaultdict(list)
     for comparison in comparisons:
-        setting = {name: value for name, value in comparison.setting.items() if name != "precision"}
+        setting = {name: value for name, value in comparison.setting.items() if name != column}
         merged[tuple(setting.items())] += comparison.cases
 
     def order(case):

@@ -7,7 +7,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from harness.names import file_stem
-from harness.reports.comparison import across_precisions
+from harness.reports.comparison import across
 from harness.reports.points import FONT_SIZE, draw_legend, draw_point, look, set_up_axes
 from harness.reports.tables import DISTURBED_MARK, short_name
 from harness.rows import item_order, number
@@ -23,7 +23,7 @@ def save_pictures(comparisons, directory):
     """Saves a picture for each model and phase of the comparisons in the directory; returns the paths."""
     paths = []
     for phase, ending in (("forward", "infer_time"), ("decode", "decode_time")):
-        of_phase = across_precisions(c for c in comparisons if c.setting["phase"] == phase)
+        of_phase = across("precision", (c for c in comparisons if c.setting["phase"] == phase))
         names = sorted({row["model_name"] for comparison in of_phase for row in comparison.rows})
         for name, file_name in zip(names, file_names(names, ending)):
             paths.append(directory / file_name)

@@ -266,7 +266,7 @@ def totals_table(comparisons):
                 {
                     "device_name": comparison.setting["device_name"],
                     "precision": comparison.title.partition(", ")[2],
-                    "harness": comparison.rows[0]["harness_version"] or "not recorded",
+                    "harness": versions_of(comparison),
                     "test_item": item,
                     "ok": f"{ok} of {len(with_item)}",
                     "faster than eager": "/" if item == verdict.EAGER else faster,
@@ -275,3 +275,9 @@ def totals_table(comparisons):
                 }
             )
     return paragraphs(table(lines, right={"ok", "faster than eager", "fastest", "level with the fastest"}))
+
+
+def versions_of(comparison):
+    """Returns the version of this harness that measured a Comparison's rows, or how many versions did."""
+    versions = {row["harness_version"] or "not recorded" for row in comparison.rows}
+    return versions.pop() if len(versions) == 1 else f"{len(versions)} versions"
