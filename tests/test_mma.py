@@ -125,6 +125,7 @@ def test_the_error_of_tanh():
         ((2, 9, 32, 48, 3), "float16", (2, 1, 1, 4), {}),  # four groups, each a product
         pytest.param((1, 11, 8, 32, 3), "bfloat16", (1, 2, 2), {"staged": True, "stages": 4}, marks=pytest.mark.slow),
         ((1, 14, 3, 24, 4), "float16", (4, 0, 1), {"rows": 16, "warps_along_rows": 1}),  # three channels: one by one
+        ((1, 9, 1, 24, 3), "float16", (2, 0, 1), {"rows": 16, "warps_along_rows": 1, "stages": 2}),  # nine terms
         pytest.param(
             (2, 6, 40, 32, 1), "float16", (2, 0, 1), {"rows": 32, "chunks": 8, "stages": 2}, marks=pytest.mark.slow
         ),
