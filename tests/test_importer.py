@@ -10,6 +10,7 @@ from transformers.integrations import moe
 import benchmark
 from conftest import make_case
 from harness.check import output_arrays, relative_error
+from tvm_items.exported_graph import compute_constants_once
 from tvm_items.importer import export_for_tvm, import_to_relax
 
 pytestmark = pytest.mark.usefixtures("tvm")
@@ -335,5 +336,26 @@ def test_a_convolution_that_is_cut_further_or_read_elsewhere_is_left_alone():
     exported = export_for_tvm(model, inputs)
     module, _ = import_to_relax(exported)
     assert module.script().count("strided_slice") == 3
+    run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
+    assert relative_error(output_arrays(run()), output_arrays(model(**inputs))) < 1e-6
+
+
+def test_what_layers_compute_alike_from_constants_is_computed_once():
+    """As positions of BEiT's layers: TVM would compile a function for each."""
+
+    class Positions(torch.nn.Module):
+        def forward(self, pixel_values):
+            for _ in range(3):
+                places = torch.arange(4) * 2
+                pixel_values = pixel_values[:, places % 4] + (torch.arange(4) * 2 + 1)
+            return pixel_values
+
+    model, inputs = Positions(), {"pixel_values": torch.randn(2, 9)}
+    exported = export_for_tvm(model, inputs)
+    before = sum(node.target == torch.ops.aten.arange.start_step for node in exported.graph.nodes)
+    compute_constants_once(exported)
+    after = [node.target for node in exported.graph.nodes]
+    assert before == 6 and after.count(torch.ops.aten.arange.start_step) == 1
+    assert after.count(torch.ops.aten.mul.Tensor) == 1 and after.count(torch.ops.aten.index.Tensor) == 3
     run = benchmark.tvm_default(model, inputs, make_case(ResNetConfig()))
     assert relative_error(output_arrays(run()), output_arrays(model(**inputs))) < 1e-6

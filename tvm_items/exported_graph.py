@@ -24,6 +24,22 @@ SAME_VALUES = {
 }
 
 
+def compute_constants_once(exported):
+    """Makes one of what several nodes of an ExportedProgram compute alike from constants alone, in place.
+
+    TVM compiles each of them to know its value: 919 of BEiT, whose layers have the same positions.
+    """
+    graph, constants, numbers = exported.graph, find_constants(exported), number_values(exported)
+    known, first = {node for node in graph.nodes if node.op == "get_attr" or node.name in constants}, {}
+    for node in graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "call_function" and known.issuperset(node.all_input_nodes) and not is_random:
+            known.add(node)
+            if (same := first.setdefault(numbers[node], node)) is not node:
+                node.replace_all_uses_with(same)
+    graph.eliminate_dead_code()
+
+
 def subtract_integers_by_adding(graph):
     """Makes number - tensor of integers a sum, in place: PyTorch's type promotion pass cannot subtract there.
 
@@ -205,6 +221,21 @@ def find_constants(exported):
     targets = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     values = {**exported.state_dict, **exported.constants}
     return {name: values[target] for name, target in targets.items() if target in values}
+
+
+def number_values(exported):
+    """Returns {node: number}, by which nodes have the same number that compute the same from the same."""
+    numbers, known = {}, {}
+    for node in exported.graph.nodes:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
+        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            key = node.name
+        elif node.op == "get_attr" and torch.is_tensor(value := getattr(exported.graph_module, node.target)):
+            key = (value.dtype, value.shape, repr(value.tolist()))
+        else:
+            key = (node.op, node.target, repr(args), repr(kwargs))
+        numbers[node] = known.setdefault(key, len(known))
+    return numbers
 
 
 def has_negatives(index, constants):

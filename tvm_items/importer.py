@@ -14,6 +14,7 @@ from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
     clamp_integers_at_both_ends,
     combine_booleans,
+    compute_constants_once,
     count_from_the_front,
     count_indices_from_the_front,
     count_upwards,
@@ -149,6 +150,7 @@ def import_to_relax(exported):
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
 
+    compute_constants_once(exported)
     fold_what_tvm_lacks(exported)
     make_real(exported)
     subtract_integers_by_adding(exported.graph)

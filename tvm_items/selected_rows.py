@@ -9,7 +9,7 @@ import typing
 
 import torch
 
-from tvm_items.exported_graph import SAME_VALUES, insert_call
+from tvm_items.exported_graph import SAME_VALUES, insert_call, number_values
 from tvm_items.known_values import has_unknown_size, insert_value, is_unknown
 
 aten = torch.ops.aten
@@ -63,21 +63,6 @@ def compute_all_rows(exported):
 
 def unknown_axes(value):
     return [axis for axis, size in enumerate(value.shape) if is_unknown(size)]
-
-
-def number_values(exported):
-    """Returns {node: number}, by which nodes have the same number that compute the same from the same."""
-    numbers, known = {}, {}
-    for node in exported.graph.nodes:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: f"%{numbers[source]}")
-        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            key = node.name
-        elif node.op == "get_attr" and torch.is_tensor(value := getattr(exported.graph_module, node.target)):
-            key = (value.dtype, value.shape, repr(value.tolist()))
-        else:
-            key = (node.op, node.target, repr(args), repr(kwargs))
-        numbers[node] = known.setdefault(key, len(known))
-    return numbers
 
 
 def is_known_place(node):
