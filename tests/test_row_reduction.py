@@ -106,6 +106,27 @@ def test_reductions_along_rows(tvm, tmp_path, dtype, columns, parameters):
     assert checked >= 3
 
 
+class Clamped(Rows):
+    """As T5's activations, to a limit that depends on whether any is infinite."""
+
+    def forward(self, x):
+        limit = torch.where(torch.isinf(x).any(), 1.0, 2.0)
+        return self.rms_norm(x.clamp(-limit, limit))
+
+
+@torch.no_grad()
+def test_scalars_beside_a_reduction(tvm, tmp_path):
+    torch.manual_seed(0)
+    exported, target = export_for_tvm(Clamped(40).eval().half(), {"x": torch.randn(7, 40).half()}), load_target(H200)
+    (task,) = (task for task in extract_tasks(tuned_module(exported, target)[0], target) if "rsqrt" in task.name)
+    assert any(not shape for _, shape in task.arguments)
+    template, arguments = find_template(tvm, task), make_arguments(task)
+    expected = run_plain(tvm, task, arguments, str(tmp_path / "task.so"))
+    decisions = random_fitting(template, random.Random(0))
+    for values in emulate(template.realize(decisions), target, arguments, tir_pipeline()):
+        assert (values[-1].float() - expected).norm() / expected.norm() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_row_is_read_once_in_vectors_and_kernels_compile_for_hopper(tvm, dtype):
     target = load_target(H200)

@@ -145,8 +145,8 @@ def zero():
 
 
 def flat_offset(indices, shape):
-    """Returns the offset of an element in a row-major buffer, as an expression."""
-    offset = indices[0]
+    """Returns the offset of an element in a row-major buffer, as an expression: of a scalar 0."""
+    offset = indices[0] if indices else zero()
     for index, size in zip(indices[1:], shape[1:]):
         offset = offset * int(size) + index
     return offset

@@ -67,6 +67,7 @@ def find_row_task(module):
     if not is_s_tir(function) or function.body.block.name_hint != "root":
         return None
     schedule = Schedule(module)
+    inline_scalars(schedule)
     blocks = [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
     if not all(isinstance(block.body, tirx.BufferStore) and has_known_loops(block) for block in blocks):
         return None
@@ -87,6 +88,14 @@ def find_row_task(module):
         if step is None or not add_step(task, step):
             return None
     return task if task.whole else None  # what reads no row as it lies in memory is better off otherwise
+
+
+def inline_scalars(schedule):
+    """Puts what is computed of scalars, such as the limit of a clamp, in its users' place: all rows have the same."""
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        (written, *others) = schedule.get(block).writes
+        if not others and not written.source.shape and schedule.get_consumers(block):
+            schedule.compute_inline(block)
 
 
 def has_known_loops(block):
