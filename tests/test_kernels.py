@@ -96,3 +96,21 @@ def test_an_error_of_the_linker_says_what_is_wrong(tvm):
     kernel = 'extern "C" __global__ void %s(float* x) { __shared__ float s[%d]; s[threadIdx.x] = *x; *x = s[0]; }\n'
     with tvm.target.Target(json.loads(H200)), pytest.raises(RuntimeError, match="'large' uses too much shared data"):
         compile_kernels(kernel % ("small", 8) + kernel % ("large", 2**14))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_chosen_behind_a_product(tvm, dtype):
+    """As in Aria's experts: TVM gives the condition of a vectorised `where` the type of its result."""
+    from tvm import te, tirx, topi
+
+    shapes = {"x": (64, 64), "w": (64, 64), "y": (64, 64)}
+    x, w, y = (te.placeholder(shape, dtype, name) for name, shape in shapes.items())
+    mask, sums = te.placeholder((64,), "int32", "mask"), topi.nn.matmul(x, w, out_dtype="float32")
+    chosen = te.compute((64, 64), lambda i, j: tirx.Select(mask[i] > 0, sums[i, j].astype(dtype), y[i, j]))
+    function = te.create_prim_func([x, w, y, mask, chosen]).with_attr("global_symbol", "main")
+    target = tvm.target.Target(json.loads(H200))
+    with target:
+        module = tvm.tirx.build(default_schedule(tvm.IRModule({"main": function}), target), target=target)
+        source = module.imports[0].inspect_source("cuda")
+        assert "2 v_" in source and "make_ushort2((0 < " in source
+        assert bytes(compile_candidate(source)).startswith(b"\x7fELF")
