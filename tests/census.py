@@ -60,7 +60,7 @@ COLUMNS = """
 model_type test status error rel_error is_part model_class instance parameters input_shape duration_s
 torch_version tvm_version transformers_version harness_version timestamp_utc
 """.split()
-LIMIT_S = {"torch": 240, "torch_compile": 300, "tvm": 300, "tvm_tune": 300, "cuda fp16": 120, "cuda bf16": 120}
+LIMIT_S = dict.fromkeys(TESTS, 300) | {"torch": 240}
 MAX_MEMORY_BYTES = 14 * 2**30  # of address space; importing takes some 4 of it
 MAX_PARAMETERS = 1e9  # counted before any is made
 SEQ_LEN = 32  # tokens of a text
