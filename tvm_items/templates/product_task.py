@@ -213,7 +213,7 @@ def separate(schedule):
         raise ValueError("more than a product and what follows it")
     for block in (product, copy):
         (*_, innermost) = schedule.get_loops(block)
-        if not is_one(schedule.get(innermost).body.predicate):  # as where a part of the product is cut off
+        if not is_number(schedule.get(innermost).body.predicate, 1):  # as where a part of the product is cut off
             raise ValueError("a block that is left out for some of its iterations")
     return schedule.get(product), schedule.get(copy)
 
@@ -223,7 +223,7 @@ def find_factors(product):
     from tvm import tirx
 
     update, initial = getattr(product.body, "value", None), getattr(product.init, "value", None)
-    if not isinstance(update, tirx.Add) or not isinstance(update.b, tirx.Mul) or not is_zero(initial):
+    if not isinstance(update, tirx.Add) or not isinstance(update.b, tirx.Mul) or not is_number(initial, 0):
         return None
     factors = []
     for factor in (update.b.a, update.b.b):
@@ -234,7 +234,7 @@ def find_factors(product):
         condition = None
         if "if_then_else" in str(getattr(factor, "op", "")):
             condition, factor, otherwise = factor.args
-            if not is_zero(otherwise):
+            if not is_number(otherwise, 0):
                 return None
         if not is_load(factor):
             return None
@@ -242,12 +242,9 @@ def find_factors(product):
     return factors
 
 
-def is_zero(expression):
-    return float(getattr(expression, "value", math.nan)) == 0
-
-
-def is_one(expression):
-    return float(getattr(expression, "value", math.nan)) == 1
+def is_number(expression, number):
+    """Returns whether a TIR expression is a constant of that value."""
+    return float(getattr(expression, "value", math.nan)) == number
 
 
 def is_elementwise(block):
