@@ -170,7 +170,7 @@ def shorten_convolutions(graph):
     """Gives convolutions whose output is cut at its ends, [:, :, :-1], less padding there, in place.
 
     wav2vec 2.0's positions and Mamba's causal convolution are such. TVM would compute what is cut off, too: of wav2vec
-    2.0's its default schedule keeps all sums in the shared memory of one block of threads, more than a GPU has there.
+    2.0's its default schedule keeps all sums in the shared memory of one block, more than a kernel may declare.
     A padding with two numbers for each dimension is TVM's, not PyTorch's: nothing may run the graph from here on.
     """
     for node in list(graph.find_nodes(op="call_function", target=aten.slice.Tensor)):
