@@ -86,6 +86,22 @@ def test_a_default_schedule_that_raises_an_error_declines(tvm):
     assert "threadIdx.x" in default_schedule(module, target).script()
 
 
+def test_a_default_schedule_that_takes_too_much_shared_memory_declines(tvm):
+    """As in D-FINE, whose image is padded behind its second convolution, for the pooling that follows."""
+    from tvm import te, topi
+
+    image = te.placeholder((1, 64, 56, 56), "float16", "x")
+    kernel = te.placeholder((64, 64, 3, 3), "float16", "w")
+    convolution = topi.cast(topi.nn.conv2d(image, kernel, 1, 1, 1, out_dtype="float32"), "float16")
+    padded = topi.nn.pad(topi.nn.relu(convolution), [0, 0, 0, 0], [0, 0, 1, 1])
+    function = te.create_prim_func([image, kernel, padded]).with_attr("global_symbol", "main")
+    target = tvm.target.Target(json.loads(H200))
+    module = default_schedule(tvm.IRModule({"main": function}), target)
+    with target:
+        source = tvm.tirx.build(module, target=target).imports[0].inspect_source("cuda")
+        assert bytes(compile_kernels(source)).startswith(b"\x7fELF")
+
+
 def call(builder, name, function, arguments, type_of_result):
     """Emits a call of a PrimFunc in a Relax function and returns its result."""
     from tvm import relax

@@ -12,15 +12,18 @@ import itertools
 import os
 import unittest.mock
 
+from tvm_items.target import MAX_BLOCK_SHARED_BYTES
+
 PIPELINE = "s_tir_or_tirx"
 
 
 @contextlib.contextmanager
 def rules_that_decline():
-    """Makes TVM's default schedules go on with the next rule while it lasts, where one raises an error.
+    """Makes TVM's default schedules go on with the next rule while it lasts, where one's schedule is not usable.
 
     A rule says by None that it has no schedule for a kernel. In TVM 0.27 that of matrix-vector products stops at an
-    assertion instead (upstream: apache/tvm#20047), and that of reductions at a layer norm that is padded.
+    assertion instead (upstream: apache/tvm#20047), that of reductions at a layer norm that is padded, and where a
+    convolution is padded it keeps all sums in the shared memory of a block, more than there is.
     """
     from tvm.s_tir.dlight.base import transform
 
@@ -28,12 +31,27 @@ def rules_that_decline():
         for rule in rules:
             with contextlib.suppress(Exception):
                 space = rule.apply(function, target, tunable)
-                if space is not None:
-                    return space if isinstance(space, list) else [space]
+                schedules = space if isinstance(space, list) else [space]
+                if space is not None and all(shared_bytes(each) <= MAX_BLOCK_SHARED_BYTES for each in schedules):
+                    return schedules
         return None
 
     with unittest.mock.patch.object(transform, "_apply_rules", apply_rules):
         yield
+
+
+def shared_bytes(schedule):
+    """Returns the bytes of static shared memory that the kernel of a tvm.s_tir.Schedule declares."""
+    import tvm
+    from tvm.s_tir import transform
+    from tvm.s_tir.analysis import calculate_allocated_bytes
+
+    # A schedule says how large all of a buffer is; these find out how much of it a block of threads has at a time.
+    passes = """
+    LowerInitBlock PlanAndUpdateBufferAllocationLocation ConvertBlocksToOpaque CompactBufferAllocation LowerOpaqueBlock
+    """
+    lower = tvm.transform.Sequential([getattr(transform, each)() for each in passes.split()])
+    return sum(sizes.get("shared", 0) for sizes in calculate_allocated_bytes(lower(schedule.mod)["main"]).values())
 
 
 def tir_pipeline():
