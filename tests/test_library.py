@@ -223,8 +223,8 @@ def test_the_published_libraries_can_be_read():
     for device in devices:
         kernels = read_lines(ROOT / "results" / "tuning" / device / KERNELS, Kernel)
         cases = read_lines(ROOT / "results" / "tuning" / device / CASES, TunedCase)
-        # Not all of them: a case whose kernels are other ones now is gone, and those that are the same are still known.
-        assert {case["case"] for case in cases} <= {kernel["case"] for kernel in kernels}
+        # A case whose kernels are other ones now is gone; one that was not searched may have found all of them here.
+        assert {case["case"] for case in cases if case["asked_trials"]} <= {kernel["case"] for kernel in kernels}
         assert {device_directory(ROOT, line["device"]).name for line in (*kernels, *cases)} == {device}
 
 
