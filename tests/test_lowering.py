@@ -86,20 +86,25 @@ def test_a_default_schedule_that_raises_an_error_declines(tvm):
     assert "threadIdx.x" in default_schedule(module, target).script()
 
 
-def test_a_default_schedule_that_takes_too_much_shared_memory_declines(tvm):
-    """As in D-FINE, whose image is padded behind its second convolution, for the pooling that follows."""
+@pytest.mark.parametrize("which", ["padded", "in groups"])
+def test_a_default_schedule_that_is_of_no_use_declines(tvm, which):
+    """As in D-FINE, whose image is padded behind its second convolution, and in Zaya's attention."""
     from tvm import te, topi
 
-    image = te.placeholder((1, 64, 56, 56), "float16", "x")
-    kernel = te.placeholder((64, 64, 3, 3), "float16", "w")
-    convolution = topi.cast(topi.nn.conv2d(image, kernel, 1, 1, 1, out_dtype="float32"), "float16")
-    padded = topi.nn.pad(topi.nn.relu(convolution), [0, 0, 0, 0], [0, 0, 1, 1])
-    function = te.create_prim_func([image, kernel, padded]).with_attr("global_symbol", "main")
+    def convolution(function, image, kernel, *options):
+        tensors = [te.placeholder(shape, "float16", name) for name, shape in (("x", image), ("w", kernel))]
+        return *tensors, topi.cast(function(*tensors, *options, "float32"), "float16")
+
+    if which == "padded":  # one block's sums are larger than its shared memory
+        *operands, result = convolution(topi.nn.conv2d, (1, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1, "NCHW", "OIHW")
+        result = topi.nn.pad(topi.nn.relu(result), [0, 0, 0, 0], [0, 0, 1, 1])
+    else:  # its reduction across threads cannot be lowered
+        *operands, result = convolution(topi.nn.group_conv1d_ncw, (1, 160, 33), (160, 16, 2), 1, 0, 1, 10)
+    function = te.create_prim_func([*operands, result]).with_attr("global_symbol", "main")
     target = tvm.target.Target(json.loads(H200))
-    module = default_schedule(tvm.IRModule({"main": function}), target)
     with target:
-        source = tvm.tirx.build(module, target=target).imports[0].inspect_source("cuda")
-        assert bytes(compile_kernels(source)).startswith(b"\x7fELF")
+        built = tvm.tirx.build(default_schedule(tvm.IRModule({"main": function}), target), target=target)
+        assert bytes(compile_kernels(built.imports[0].inspect_source("cuda"))).startswith(b"\x7fELF")
 
 
 def call(builder, name, function, arguments, type_of_result):

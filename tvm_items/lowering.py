@@ -22,8 +22,9 @@ def rules_that_decline():
     """Makes TVM's default schedules go on with the next rule while it lasts, where one's schedule is not usable.
 
     A rule says by None that it has no schedule for a kernel. In TVM 0.27 that of matrix-vector products stops at an
-    assertion instead (upstream: apache/tvm#20047), that of reductions at a layer norm that is padded, and where a
-    convolution is padded it keeps all sums in the shared memory of a block, more than there is.
+    assertion instead (upstream: apache/tvm#20047), that of reductions at a layer norm that is padded. Others return
+    what is of no use: for a convolution in groups a reduction that cannot be lowered, for one that is padded all sums
+    in the shared memory of a block, more than there is.
     """
     from tvm.s_tir.dlight.base import transform
 
@@ -41,14 +42,18 @@ def rules_that_decline():
 
 
 def shared_bytes(schedule):
-    """Returns the bytes of static shared memory that the kernel of a tvm.s_tir.Schedule declares."""
+    """Returns the bytes of static shared memory that the kernel of a tvm.s_tir.Schedule declares.
+
+    Raises TVM's error where the schedule cannot be lowered.
+    """
     import tvm
     from tvm.s_tir import transform
     from tvm.s_tir.analysis import calculate_allocated_bytes
 
     # A schedule says how large all of a buffer is; these find out how much of it a block of threads has at a time.
     passes = """
-    LowerInitBlock PlanAndUpdateBufferAllocationLocation ConvertBlocksToOpaque CompactBufferAllocation LowerOpaqueBlock
+    LowerCrossThreadReduction LowerInitBlock PlanAndUpdateBufferAllocationLocation ConvertBlocksToOpaque
+    CompactBufferAllocation LowerOpaqueBlock
     """
     lower = tvm.transform.Sequential([getattr(transform, each)() for each in passes.split()])
     return sum(sizes.get("shared", 0) for sizes in calculate_allocated_bytes(lower(schedule.mod)["main"]).values())
