@@ -45,8 +45,16 @@ TINY_BERT = {
     "pad_token_id": 0,
 }
 
+# Files of few and long tests: first, so that at the end of a run no worker is left with one of them alone.
+LONG = "test_benchmark test_tuning test_models test_resume test_families test_decode test_sweep test_loop".split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have the most tests
+
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not torch.cuda.device_count():  # asks NVML: a process that has asked CUDA cannot fork one that uses it
         for item in items:
             if item.get_closest_marker("gpu"):
