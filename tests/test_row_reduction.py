@@ -127,6 +127,37 @@ def test_scalars_beside_a_reduction(tvm, tmp_path):
         assert (values[-1].float() - expected).norm() / expected.norm() < 1e-3
 
 
+class NormalizedHeads(Rows):
+    """As Qwen3's queries and keys, which are normalized head by head."""
+
+    def __init__(self, columns):
+        super().__init__(columns)
+        self.query, self.key = torch.nn.Linear(64, 2 * columns, bias=False), torch.nn.Linear(64, 3 * columns)
+
+    def forward(self, x):
+        return [self.rms_norm(layer(x).unflatten(-1, (-1, len(self.weight)))) for layer in (self.query, self.key)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@torch.no_grad()
+def test_heads_are_normalized_where_one_product_has_put_them(tvm, tmp_path, dtype):
+    torch.manual_seed(0)
+    model, target = NormalizedHeads(32).eval().to(dtype), load_target(H200)
+    module, _ = tuned_module(export_for_tvm(model, {"x": torch.randn(7, 64).to(dtype)}), target)
+    product, *norms = sorted(extract_tasks(module, target), key=lambda task: "rsqrt" in task.name)
+    assert [task.launches for task in (product, *norms)] == [1, 1, 1] and product.arguments[-1][1] == (7, 160)
+    for task in norms:
+        assert task.name.startswith("fused_strided_slice")
+        template, arguments = find_template(tvm, task), make_arguments(task)
+        expected = run_plain(tvm, task, arguments, str(tmp_path / f"{task.key}.so"))
+        decisions = [values.index(value) for values, value in zip(PARAMETERS, (4, 32, 4), strict=True)]
+        for values in emulate(template.realize(decisions), target, arguments, tir_pipeline()):
+            error = (values[-1].float() - expected).norm() / expected.norm()
+            assert error < (1e-6 if dtype == torch.float32 else 1e-3)
+        source, *_ = generate(template.realize(decisions), target, tir_pipeline())
+        assert f"*({'float' if dtype == torch.float32 else 'half'}4*)(argument0" in source
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_row_is_read_once_in_vectors_and_kernels_compile_for_hopper(tvm, dtype):
     target = load_target(H200)

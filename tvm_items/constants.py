@@ -68,13 +68,14 @@ def merge_parallel_products(exported):
 
     Their weights and biases become one, which is computed once, and each result is a slice of its columns: one launch,
     which fills more of a GPU than each of them. A product that something pointwise follows stays alone: that fuses with
-    it, and would not with a slice.
+    it, and would not with a slice. Not so where it is normalized, as Qwen3's queries and keys are.
     """
     constants = Constants(exported)
     groups = {}
     for target in (aten.mm.default, aten.addmm.default):
         for product in exported.graph.find_nodes(op="call_function", target=target):
-            if constants.include(constants_of_product(product)) and not is_followed_by_pointwise(product):
+            is_alone = is_followed_by_pointwise(product) and not is_normalized(product)
+            if constants.include(constants_of_product(product)) and not is_alone:
                 source = input_of_product(product)
                 groups.setdefault((behind_views(source), shape(source), source.meta["val"].dtype), []).append(product)
     for products in groups.values():
@@ -110,10 +111,31 @@ def is_followed_by_pointwise(node):
     )
 
 
+def is_normalized(node):
+    """Returns whether a mean over the last axis reads the node, or views, casts or squares of it."""
+    return any(
+        is_normalized(user) if user.target in VIEWS or is_cast(user) or is_square(user) else is_mean_of_rows(user)
+        for user in node.users
+    )
+
+
+def is_square(node):
+    is_power = node.target == aten.pow.Tensor_Scalar and node.args[1] == 2
+    return is_power or (node.target == aten.mul.Tensor and node.args[0] is node.args[1])
+
+
+def is_mean_of_rows(node):
+    last = len(shape(node.args[0])) - 1 if node.target == aten.mean.dim else None
+    return last is not None and [axis % (last + 1) for axis in node.args[1]] == [last]
+
+
+def is_cast(node):
+    return node.target == aten._to_copy.default and node.kwargs.keys() == {"dtype"}
+
+
 def is_pointwise(node):
     """Returns whether each element of the node's value depends on one element of what it reads; casts have no tag."""
-    is_cast = node.target == aten._to_copy.default and node.kwargs.keys() == {"dtype"}
-    return is_cast or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return is_cast(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def merge_products(products):

@@ -140,15 +140,17 @@ def reduces_a_row(block):
 def is_elementwise(function):
     """Returns whether a TIR function is made of blocks whose outputs lie in memory as what they read does.
 
-    What is smaller than an output may be read in any way: it is a scalar, a bias or the like.
+    Or as a slice of it does. What is smaller than an output may be read in any way: it is a scalar, a bias or the like.
     """
     blocks = blocks_of(function)
     return bool(blocks) and all(map(is_elementwise_block, blocks))
 
 
 def is_reshape(function):
-    """Returns whether an elementwise TIR function does nothing to the elements."""
-    return all(is_load(getattr(block.body, "value", None)) for block in blocks_of(function))
+    """Returns whether an elementwise TIR function does nothing to the elements, and leaves none of them out."""
+    blocks = blocks_of(function)
+    whole = all(elements(block.reads[0]) == elements(block.writes[0]) for block in blocks if block.reads)
+    return whole and all(is_load(getattr(block.body, "value", None)) for block in blocks)
 
 
 def is_elementwise_block(block):
@@ -161,9 +163,22 @@ def is_elementwise_block(block):
         analyzer.bind(axis.var, axis.dom)
     (written,) = block.writes
     return all(
-        elements(region) < elements(written) or analyzer.can_prove_equal(offset(region), offset(written))
+        elements(region) < elements(written)
+        or analyzer.can_prove_equal(offset(region), offset(written))
+        or is_slice(region, written)
         for region in block.reads
     )
+
+
+def is_slice(region, written):
+    """Returns whether an element that is read lies at a constant distance from the one written, along each axis."""
+    from tvm.sym import Analyzer
+    from tvm.tirx import IntImm
+
+    if len(region.region) != len(written.region):
+        return False
+    distances = [read.min - write.min for read, write in zip(region.region, written.region)]
+    return all(isinstance(Analyzer().simplify(distance), IntImm) for distance in distances)
 
 
 def elements(region):

@@ -34,6 +34,7 @@ class RowReductionTemplate(Template):
         row_threads, block_threads, vector = self.read(decisions)
         held, columns = self.task.held(), self.task.columns
         in_memory = [buffer for buffer in held if self.task.is_parameter(buffer)]
+        in_memory += [load.source for _, load in self.task.loads_of_parts()]
         element_bytes = max(4 if str(buffer.dtype) == "float32" else 2 for buffer in in_memory)
         if not row_threads <= block_threads <= MAX_BLOCK_THREADS or columns % vector:
             return False

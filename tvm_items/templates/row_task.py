@@ -53,6 +53,15 @@ class RowTask:
     def is_parameter(self, buffer):
         return any(buffer.same_as(parameter) for parameter in self.parameters)
 
+    def loads_of_parts(self):
+        """Returns [(step, its load)] of parameters that are larger than rows and columns: a part of them is read."""
+        return [
+            (step, load)
+            for step in self.steps
+            for load in loads_of(step.value)
+            if self.is_parameter(load.source) and math.prod(buffer_shape(load.source)) > self.rows * self.columns
+        ]
+
     def held(self):
         """Returns the buffers whose elements of a row threads keep in registers."""
         return self.whole + [step.output for step in self.steps if not (step.reduces or step.of_rows)]
@@ -60,14 +69,25 @@ class RowTask:
 
 def find_row_task(module):
     """Returns the RowTask of a task's IRModule before scheduling, None where it is of another kind."""
-    from tvm import tirx
     from tvm.s_tir import Schedule
+    from tvm.s_tir.transform import StmtSimplify
 
     function = module["main"]
     if not is_s_tir(function) or function.body.block.name_hint != "root":
         return None
     schedule = Schedule(module)
-    inline_scalars(schedule)
+    inline(schedule, is_scalar)
+    task = read_row_task(schedule)
+    if task is None:  # it may begin with a slice, which has other loops
+        inline(schedule, is_copy)
+        task = read_row_task(Schedule(StmtSimplify()(schedule.mod)))
+    return task
+
+
+def read_row_task(schedule):
+    """Returns the RowTask of a Schedule's module, None where it is of another kind."""
+    from tvm import tirx
+
     blocks = [schedule.get(block) for block in schedule.get_child_blocks(schedule.get_sblock("root"))]
     if not all(isinstance(block.body, tirx.BufferStore) and has_known_loops(block) for block in blocks):
         return None
@@ -78,7 +98,7 @@ def find_row_task(module):
     rows, columns = (
         math.prod(extent for _, extent in loops_of(reduction, kind)) for kind in (kinds.DataPar, kinds.CommReduce)
     )
-    parameters = list(function.params)
+    parameters = list(schedule.mod["main"].params)
     sizes = [math.prod(buffer_shape(parameter)) for parameter in parameters]
     if not MIN_COLUMNS <= columns <= MAX_COLUMNS or max(sizes) > MAX_ELEMENTS:
         return None
@@ -87,15 +107,25 @@ def find_row_task(module):
         step = make_step(block, rows, columns)
         if step is None or not add_step(task, step):
             return None
-    return task if task.whole else None  # what reads no row as it lies in memory is better off otherwise
+    # What reads no row that lies side by side in memory is better off otherwise.
+    return task if task.whole or any(step.is_vector(load, 2) for step, load in task.loads_of_parts()) else None
 
 
-def inline_scalars(schedule):
-    """Puts what is computed of scalars, such as the limit of a clamp, in its users' place: all rows have the same."""
+def inline(schedule, condition):
+    """Puts what blocks compute, of which a condition is true, into their users' place."""
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
-        (written, *others) = schedule.get(block).writes
-        if not others and not written.source.shape and schedule.get_consumers(block):
+        if condition(schedule.get(block)) and schedule.get_consumers(block):
             schedule.compute_inline(block)
+
+
+def is_scalar(block):
+    """Returns whether a block computes of scalars, such as the limit of a clamp: all rows have the same."""
+    return len(block.writes) == 1 and not block.writes[0].source.shape
+
+
+def is_copy(block):
+    """Returns whether a block brings elements to another place, as slices and reshapes do."""
+    return block.init is None and is_load(getattr(block.body, "value", None))
 
 
 def has_known_loops(block):
