@@ -166,6 +166,31 @@ def test_a_product_without_bias_joins_those_with_one():
     assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1
 
 
+class SharedBias(torch.nn.Module):
+    """As torch's attention has them: the biases of three projections in one tensor, here put together before."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, size) for size in (6, 4, 2))
+
+    def forward(self, x):
+        bias = torch.cat([layer.bias for layer in self.layers])
+        parts = [*bias.split([6, 4, 2]), bias[1:6]]
+        products = [torch.nn.functional.linear(x, layer.weight, part) for layer, part in zip(self.layers, parts)]
+        return [product.transpose(0, 1) for product in products] + [parts[3].relu()]
+
+
+@torch.no_grad()
+def test_parts_of_a_concatenation_are_taken_from_before_it():
+    torch.manual_seed(0)
+    model, x = SharedBias(), torch.randn(3, 8)
+    expected = model(x)
+    exported = export_for_tvm(model, {"x": x})
+    simplify(exported)
+    torch.testing.assert_close(exported.module()(x=x), expected)
+    assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1
+
+
 class TwoProducts(torch.nn.Module):
     """The sum of a Linear layer's product, of two dimensions, and of a batched one, of three."""
 

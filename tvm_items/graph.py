@@ -1,5 +1,7 @@
 """The exported graph, made better to tune: less to run, and more that fuses with a convolution or a matrix product."""
 
+import itertools
+
 import torch
 
 from tvm_items.constants import fold_batch_norms, is_pointwise, merge_parallel_products, shape
@@ -22,6 +24,7 @@ def simplify(exported):
     remove_what_does_nothing(graph)
     multiply_small_powers(graph)
     split_into_slices(graph)
+    take_parts_of_concatenations(graph)
     merge_parallel_products(exported)
     move_behind_products(graph)
     merge_views(graph)
@@ -86,6 +89,18 @@ def split_into_slices(graph):
                 (source, dim % len(shape(source)), start, start + shape(part)[dim]),
             )
         graph.erase_node(split)
+
+
+def take_parts_of_concatenations(graph):
+    """Takes what is a slice of a concatenation, such as the bias of one projection, from before it."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        source, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        if source.target != aten.cat.default or step != 1:
+            continue
+        parts, dim_of_parts = (*source.args, 0)[:2]
+        ends = list(itertools.accumulate(shape(part)[dim] for part in parts))
+        if dim == dim_of_parts and (start, end) in zip([0, *ends], ends):
+            node.replace_all_uses_with(parts[ends.index(end)])
 
 
 def merge_views(graph):

@@ -9,6 +9,7 @@ import unittest.mock
 import torch
 
 from tvm_items.attention import SDPA, convert_attention, decompose_attention
+from tvm_items.attention_in_pieces import join_attention
 from tvm_items.complex_numbers import make_real
 from tvm_items.converters import CONVERTERS
 from tvm_items.exported_graph import (
@@ -91,6 +92,8 @@ def decompose_roll(tensor, shifts, dims=()):
 def decompose(exported, table):
     """Returns a program decomposed by a table, which changes where the program writes into its inputs."""
     keep_writes(exported, table)
+    if table[SDPA] is decompose_attention:
+        join_attention(exported)
     return exported.run_decompositions(table)
 
 

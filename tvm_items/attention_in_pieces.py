@@ -1,0 +1,185 @@
+"""Attention that a model writes as two matrix products around a softmax, made PyTorch's operator: one kernel then.
+
+softmax(query @ key^T * scale + mask) @ value
+"""
+
+import typing
+
+import torch
+
+from tvm_items.attention import SDPA, can_be_whole
+from tvm_items.constants import VIEWS
+from tvm_items.exported_graph import insert_call
+
+aten = torch.ops.aten
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default)
+
+
+class Scores(typing.NamedTuple):
+    """What a softmax reads: query @ transposed key * scale + all masks."""
+
+    query: object  # a node
+    transposed_key: object
+    scale: float
+    masks: list
+    nodes: list  # that compute them, the last first: nothing else reads what they give
+
+
+def join_attention(exported):
+    """Makes one operator of attention in pieces in a torch.export.ExportedProgram that is not decomposed yet.
+
+    Where attention.py has it as one task, and nothing but the product with the values reads the weights.
+    """
+    graph = exported.graph
+    graph.eliminate_dead_code()
+    for softmax in graph.find_nodes(op="call_function", target=aten.softmax.int):
+        if softmax.args[1] in (-1, len(shape(softmax)) - 1):
+            scores, product = read_scores(softmax.args[0], softmax), find_product(softmax)
+            if scores is not None and product is not None:
+                join(scores, product)
+    graph.eliminate_dead_code()
+    exported.graph_module.recompile()
+
+
+def find_product(weights):
+    """Returns the product with the values that alone reads a softmax, or casts and dropouts of it, else None."""
+    while len(weights.users) == 1:
+        (user,) = weights.users
+        if user.target in PRODUCTS:
+            is_output = any(reader.op == "output" for reader in user.users)  # which a program knows by its name
+            return user if user.args[0] is weights and user.args[1] is not weights and not is_output else None
+        if not (is_cast_of(user, weights) or (user.target == aten.dropout.default and not user.args[2])):
+            return None
+        weights = user
+    return None
+
+
+def read_scores(node, user):
+    """Returns the Scores that a node is, None where it is something else; `user` alone reads it then."""
+    if list(node.users) != [user] or node.op != "call_function":
+        return None
+    if node.target in PRODUCTS:
+        return Scores(*node.args, 1.0, [], [node])
+    if node.target == aten.baddbmm.default and not node.kwargs:
+        mask, *operands = node.args
+        return Scores(*operands, 1.0, [mask], [node])
+    if node.target in ADDITIONS and not node.kwargs and all(isinstance(each, torch.fx.Node) for each in node.args):
+        ways = (node.args, node.args[::-1]) if node.target == aten.add.Tensor else (node.args,)
+        for part, mask in ways:
+            scores = read_scores(part, node)
+            if scores is not None:
+                return scores._replace(masks=[*scores.masks, mask], nodes=[node, *scores.nodes])
+        return None
+    scores = read_scores(node.args[0], node) if is_cast_of(node, node.args[0]) or factor_of(node) else None
+    if scores is None or (factor_of(node) and scores.masks):  # what is multiplied is the product alone
+        return None
+    return scores._replace(scale=scores.scale * (factor_of(node) or 1), nodes=[node, *scores.nodes])
+
+
+def is_cast_of(node, source):
+    return node.target in CASTS and node.args[0] is source
+
+
+def factor_of(node):
+    """Returns the number by which a node is multiplied, None where it is something else."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or not isinstance(node.args[1], int | float):
+        return None
+    return node.args[1] if node.target == aten.mul.Tensor else 1 / node.args[1]
+
+
+def join(scores, product):
+    """Puts PyTorch's operator in the place of the product with the values, where it can be one kernel."""
+    query, scale = without_factor(scores.query, scores.scale)
+    key, scale = without_factor(transpose(scores.transposed_key, product), scale)
+    operands, masks = [query, key, product.args[1]], scores.masks
+    if any(len(shape(each)) != len(shape(product)) for each in operands):
+        return
+    if len(shape(product)) == 3:
+        operands = with_batch(operands, product)
+        masks = [mask_with_batch(mask, shape(operands[0])[:2], product) for mask in masks]
+    if any(shape(each)[:2] != shape(operands[0])[:2] for each in operands):  # a product may repeat its operands
+        return
+    mask = masks[0] if masks else None
+    for other in masks[1:]:
+        mask = insert_call(product, aten.add.Tensor, mask, other)
+    values = [each if each is None else each.meta["val"] for each in (*operands, mask)]
+    if not can_be_whole(*values, 0.0):
+        return
+    whole = insert_call(product, SDPA, *operands, mask, scale=scale)
+    if len(shape(product)) == 3:
+        for user in list(product.users):
+            if is_exchange(user, 0, 1) and shape(whole)[0] == 1:  # the heads go behind the tokens in one step
+                exchanged = insert_call(user, aten.transpose.int, whole, 1, 2)
+                user.replace_all_uses_with(view(exchanged, shape(user), user))
+        whole = view(whole, shape(product), product)
+    product.replace_all_uses_with(whole)
+    product.graph.eliminate_dead_code()
+    left = set(product.graph.nodes)
+    for node in scores.nodes:  # some write in place: they are no dead code by themselves
+        if node in left:
+            product.graph.erase_node(node)
+
+
+def without_factor(node, scale):
+    """Returns a node without the number that multiplies it, and the scale with it."""
+    factor = factor_of(node)
+    return (node, scale) if factor is None else (node.args[0], scale * factor)
+
+
+def transpose(node, user):
+    """Returns a node with its last two axes exchanged, which `user` reads then."""
+    last = len(shape(node)) - 1
+    return node.args[0] if is_exchange(node, last - 1, last) else insert_call(user, aten.transpose.int, node, -2, -1)
+
+
+def with_batch(operands, user):
+    """Returns tensors (batch * heads, tokens, head dim) as (batch, heads, tokens, head dim), of one batch if need be.
+
+    Where heads have been put in front of the tokens, that is done once more behind the view, as attention.py knows it.
+    """
+    apart = [before_views(node) for node in operands]
+    if all(apart) and len({shape(node)[:2] for node in apart}) == 1:
+        return apart
+    return [
+        insert_call(user, aten.transpose.int, view(node.args[0], [1, *shape(node.args[0])], user), 1, 2)
+        if is_exchange(node, 0, 1)
+        else view(node, [1, *shape(node)], user)
+        for node in operands
+    ]
+
+
+def before_views(node):
+    """Returns the node of four axes that one is a view of, which has batch and heads in one; None where it is none."""
+    sizes = shape(node)[1:]
+    while node.target in (*VIEWS, aten.contiguous.default, aten.clone.default):
+        node = node.args[0]
+        if len(shape(node)) == 4 and shape(node)[2:] == sizes:
+            return node
+    return None
+
+
+def mask_with_batch(mask, batch_and_heads, user):
+    """Returns a mask for (batch * heads, tokens, keys) as one for (batch, heads, tokens, keys)."""
+    if len(shape(mask)) < 3:
+        return mask
+    return view(mask, [*((1, 1) if shape(mask)[0] == 1 else batch_and_heads), *shape(mask)[1:]], user)
+
+
+def view(node, sizes, user):
+    return insert_call(user, aten.reshape.default, node, list(sizes))  # a view of a view is none: graph.py
+
+
+def is_exchange(node, first, second):
+    """Returns whether a node exchanges two axes of another one, of which the first comes first."""
+    rank = len(shape(node))
+    if node.target == aten.transpose.int:
+        return sorted(axis % rank for axis in node.args[1:]) == [first, second]
+    exchanged = list(range(rank))
+    exchanged[first], exchanged[second] = second, first
+    return node.target == aten.permute.default and [axis % rank for axis in node.args[1]] == exchanged
+
+
+def shape(node):
+    return tuple(node.meta["val"].shape)
