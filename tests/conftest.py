@@ -46,7 +46,7 @@ TINY_BERT = {
 }
 
 # Files of few and long tests: first, so that at the end of a run no worker is left with one of them alone.
-LONG = "test_benchmark test_tuning test_models test_resume test_families test_decode test_sweep test_loop".split()
+LONG = "test_benchmark test_tuning test_models test_resume test_decode test_sweep test_loop".split()
 
 
 def pytest_configure(config):

@@ -33,7 +33,10 @@ def make_record(task, rng):
 
 @pytest.mark.parametrize(
     "precision, instruction, numbers",
-    [("fp16", "wgmma", {101, 105, 107, 110}), ("tf32", "wgmma", {100, 101, 105, 107, 111})],
+    [
+        ("fp16", "wgmma", {101, 105, 107, 110}),
+        pytest.param("tf32", "wgmma", {100, 101, 105, 107, 111}, marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_a_model_of_templates_compiles_for_hopper(tvm, monkeypatch, precision, instruction, numbers):

@@ -80,6 +80,7 @@ WHOLE = {
     "crossed": {"crossed": True, "mask": padding(BATCH, 1, 1, TOKENS)},
     "one key head": {"key_heads": 1, "repeat": True, "is_causal": True},
 }
+SIMILAR = ("scale", "mask of keys", "mask without batch", "mask of a window", "one key head")
 
 
 def prepare(tvm, model, x):
@@ -104,7 +105,7 @@ def called_functions(module):
 @pytest.mark.parametrize(
     "kind, dtype",
     [
-        *((kind, torch.float32) for kind in WHOLE),
+        *(pytest.param(kind, torch.float32, marks=[pytest.mark.slow] * (kind in SIMILAR)) for kind in WHOLE),
         *(pytest.param("repeated", dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16)),
     ],
 )

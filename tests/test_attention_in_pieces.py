@@ -80,7 +80,9 @@ class TokensFirst(torch.nn.Module):
         return attended
 
 
-@pytest.mark.parametrize("attend", [plain, with_biases, scaled_before, heads_in_batch, None])
+@pytest.mark.parametrize(
+    "attend", [pytest.param(plain, marks=pytest.mark.slow), with_biases, scaled_before, heads_in_batch, None]
+)
 @torch.no_grad()
 def test_it_is_one_task_without_transpositions(tvm, attend):
     torch.manual_seed(0)
@@ -117,7 +119,12 @@ def other_head_dims(layer, query, key, value):
     return ((query @ key.transpose(-1, -2)).softmax(-1) @ value[..., :8]).repeat(1, 1, 1, 2)
 
 
-@pytest.mark.parametrize("attend", [weights_too, over_queries, limited, multiplied_mask, other_head_dims])
+SIMILAR = (over_queries, limited, other_head_dims)
+
+
+@pytest.mark.parametrize(
+    "attend", [weights_too, multiplied_mask, *(pytest.param(each, marks=pytest.mark.slow) for each in SIMILAR)]
+)
 @torch.no_grad()
 def test_what_is_no_attention_is_left_alone(tvm, attend):
     torch.manual_seed(0)

@@ -18,10 +18,11 @@ exec /usr/bin/env g++ "$@"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, says",
     [
-        pytest.param("#!/bin/sh\nexit 1\n", "No working C++ compiler found", marks=pytest.mark.slow),
+        ("#!/bin/sh\nexit 1\n", "No working C++ compiler found"),
         (WITHOUT_HEADERS, "Python.h: No such file or directory"),
     ],
 )
@@ -43,6 +44,7 @@ def test_a_path_without_compilers(command, write_model, tmp_path):
     assert done.returncode == 1 and "apt install g++ python3-dev" in row["error"]
 
 
+@pytest.mark.slow
 def test_tvm_needs_a_compiler_for_its_second_start_alone(command, write_model, tmp_path):
     arguments = ["--model", write_model(), "--weights", "random", "--test-items", "tvm", "--iterations", 3]
     done = command("benchmark.py", *arguments, "--results", "rows.csv", PATH=tmp_path)

@@ -82,15 +82,10 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-QUICK = ["vit", "t5"]  # a language model is test_decode.py's
-SLOW = [model_type for model_type in FAMILIES if model_type not in QUICK]
-
-
-def run_families(directory, model_types):
-    """Returns {(model type, item): row} of small models of the types."""
+def run_families(directory):
+    """Returns {(model type, item): row} of a small model of each family."""
     commands = []
-    for model_type in model_types:
-        fields, options, _ = FAMILIES[model_type]
+    for model_type, (fields, options, _) in FAMILIES.items():
         (directory / model_type).mkdir()
         (directory / model_type / "config.json").write_text(json.dumps({"model_type": model_type, **fields}))
         common = "--weights random --batch-size 2 --seq-len 16 --iterations 3 --test-items torch tvm".split()
@@ -106,30 +101,16 @@ def run_families(directory, model_types):
     return {(row["model_name"].rpartition("/")[2], row["test_item"]): row for row in read_csv(directory / "rows.csv")}
 
 
-def check(model_type, rows):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return run_families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_family(model_type, rows):
     for item in ("torch", "tvm"):
         row = rows[model_type, item]
         assert row["status"] == "ok", row["error"]
         assert float(row["rel_error"]) <= 1e-4
         assert row["input_shape"] == FAMILIES[model_type][2]
-
-
-@pytest.fixture(scope="module")
-def quick_rows(tmp_path_factory):
-    return run_families(tmp_path_factory.mktemp("families"), QUICK)
-
-
-@pytest.fixture(scope="module")
-def slow_rows(tmp_path_factory):
-    return run_families(tmp_path_factory.mktemp("families"), SLOW)
-
-
-@pytest.mark.parametrize("model_type", QUICK)
-def test_family(model_type, quick_rows):
-    check(model_type, quick_rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", SLOW)
-def test_another_family(model_type, slow_rows):
-    check(model_type, slow_rows)

@@ -144,6 +144,7 @@ def test_unreachable_hub_falls_back_to_the_built_in_architecture(command, tmp_pa
     assert row["model_name"] == "microsoft/resnet-50" and row["weights"] == "random"
 
 
+@pytest.mark.slow
 def test_a_cache_that_holds_the_config_alone(command, hub, tmp_path):
     """Without a network the architecture still runs."""
     repositories, environment = hub
@@ -204,7 +205,11 @@ def no_network(tmp_path):
     "config, says",
     [
         (TINY_VIT, None),
-        ({**TINY_VIT, "tokenizer": "owner/repo", "_name_or_path": "owner/repo", "backbone": "owner/repo"}, None),
+        pytest.param(
+            {**TINY_VIT, "tokenizer": "owner/repo", "_name_or_path": "owner/repo", "backbone": "owner/repo"},
+            None,
+            marks=pytest.mark.slow,
+        ),
         ({**TINY_VIT, "attn_implementation": "owner/kernels"}, "never run"),
         pytest.param(
             {**TINY_VIT, "_attn_implementation": "paged|owner/kernels@main:function"},
@@ -215,7 +220,11 @@ def no_network(tmp_path):
             {**TINY_VIT, "_attn_implementation_internal": "owner/kernels"}, "never run", marks=pytest.mark.slow
         ),
         ({**TINY_VIT, "attn_implementation": "flash_attention_2"}, "FlashAttention2"),
-        ({"model_type": "clip", "vision_config": {"attn_implementation": "owner/kernels"}}, "never run"),
+        pytest.param(
+            {"model_type": "clip", "vision_config": {"attn_implementation": "owner/kernels"}},
+            "never run",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"model_type": "clip", "attn_implementation": {"vision_config": "owner/kernels"}},
             "never run",

@@ -181,7 +181,9 @@ def start_sweep(model, tmp_path, jobs):
     )
 
 
-@pytest.mark.parametrize("to_group, jobs", [(True, 0), pytest.param(False, 2, marks=needs_parallel)])
+@pytest.mark.parametrize(
+    "to_group, jobs", [(True, 0), pytest.param(False, 2, marks=[needs_parallel, pytest.mark.slow])]
+)
 def test_interrupt_leaves_nothing_behind(write_model, tmp_path, to_group, jobs):
     running = start_sweep(write_model(), tmp_path, jobs)
     deadline = time.monotonic() + 60

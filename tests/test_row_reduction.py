@@ -138,7 +138,7 @@ class NormalizedHeads(Rows):
         return [self.rms_norm(layer(x).unflatten(-1, (-1, len(self.weight)))) for layer in (self.query, self.key)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_heads_are_normalized_where_one_product_has_put_them(tvm, tmp_path, dtype):
     torch.manual_seed(0)
@@ -199,4 +199,4 @@ def test_what_reduces_no_rows_is_left_alone(tvm):
         task.name: bool(find_templates(tvm.ir.load_json(task.module_json), target))
         for task in extract_tasks(module, target)
     }
-    assert len(found) == 7 and [name for name, templates in found.items() if templates] == ["sum1"], found
+    assert len(found) == 6 and [name for name, templates in found.items() if templates] == ["sum1"], found

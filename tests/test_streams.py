@@ -71,6 +71,7 @@ def test_what_cannot_be_printed_costs_no_row(strange_model, tmp_path, redirected
         assert len(read_csv(tmp_path / "rows.csv")) == 1
 
 
+@pytest.mark.slow
 def test_a_results_directory_that_vanishes_costs_no_later_item(command, write_model, tmp_path):
     script = tmp_path / "vanishing_results.py"
     script.write_text(VANISHING_RESULTS)

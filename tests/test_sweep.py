@@ -38,6 +38,7 @@ def test_sweep_goes_on_past_failures(command, write_model, tmp_path):
     assert (ROOT / "README.md").read_bytes() == readme
 
 
+@pytest.mark.slow
 def test_sweep_of_ok_rows_ends_with_zero(command, write_model, tmp_path):
     done = command(
         "benchmark_all.sh",

@@ -83,7 +83,7 @@ def test_a_convolution(tvm):
     check(tvm, task, rows=128, consumers=2, stages=2, tma=True)  # one of 1 x 1 is, and needs no detour
 
 
-@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("tma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tf32_where_both_operands_are_rounded(tvm, tma):
     module, arguments, _ = make_batched_product((2, 70, 72, 104), "float32", transposed=True, epilogue=False)
     function = module["main"].with_attr(ALLOW_TF32, True)
