@@ -36,24 +36,29 @@ def join_attention(exported):
     graph.eliminate_dead_code()
     for softmax in graph.find_nodes(op="call_function", target=aten.softmax.int):
         if softmax.args[1] in (-1, len(shape(softmax)) - 1):
-            scores, product = read_scores(softmax.args[0], softmax), find_product(softmax)
-            if scores is not None and product is not None:
-                join(scores, product)
+            scores, readers = read_scores(softmax.args[0], softmax), find_readers(softmax)
+            if scores is not None and readers:
+                join(scores, readers[-1])
+                for node in (*readers[::-1], softmax, *scores.nodes):  # not all are dead code: some write in place
+                    if not node.users:
+                        graph.erase_node(node)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
 
 
-def find_product(weights):
-    """Returns the product with the values that alone reads a softmax, or casts and dropouts of it, else None."""
-    while len(weights.users) == 1:
-        (user,) = weights.users
+def find_readers(softmax):
+    """Returns the casts and dropouts of a softmax, and last the product that reads them; [] where others read them."""
+    readers = [softmax]
+    while len(readers[-1].users) == 1:
+        weights, (user,) = readers[-1], readers[-1].users
+        readers.append(user)
         if user.target in PRODUCTS:
             is_output = any(reader.op == "output" for reader in user.users)  # which a program knows by its name
-            return user if user.args[0] is weights and user.args[1] is not weights and not is_output else None
-        if not (is_cast_of(user, weights) or (user.target == aten.dropout.default and not user.args[2])):
-            return None
-        weights = user
-    return None
+            is_left = user.args[0] is weights and user.args[1] is not weights
+            return readers[1:] if is_left and not is_output else []
+        if not (is_cast_of(user, weights) or (user.target == aten.dropout.default and user.args[2:] == (False,))):
+            return []
+    return []
 
 
 def read_scores(node, user):
@@ -113,13 +118,9 @@ def join(scores, product):
             if is_exchange(user, 0, 1) and shape(whole)[0] == 1:  # the heads go behind the tokens in one step
                 exchanged = insert_call(user, aten.transpose.int, whole, 1, 2)
                 user.replace_all_uses_with(view(exchanged, shape(user), user))
+                user.graph.erase_node(user)
         whole = view(whole, shape(product), product)
     product.replace_all_uses_with(whole)
-    product.graph.eliminate_dead_code()
-    left = set(product.graph.nodes)
-    for node in scores.nodes:  # some write in place: they are no dead code by themselves
-        if node in left:
-            product.graph.erase_node(node)
 
 
 def without_factor(node, scale):
