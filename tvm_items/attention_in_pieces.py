@@ -56,7 +56,8 @@ def find_readers(softmax):
             is_output = any(reader.op == "output" for reader in user.users)  # which a program knows by its name
             is_left = user.args[0] is weights and user.args[1] is not weights
             return readers[1:] if is_left and not is_output else []
-        if not (is_cast_of(user, weights) or (user.target == aten.dropout.default and user.args[2:] == (False,))):
+        is_dropout = user.target == aten.dropout.default and user.args[2:] == (False,)
+        if not is_dropout and not (user.target in CASTS and user.args[0] is weights):
             return []
     return []
 
@@ -77,14 +78,11 @@ def read_scores(node, user):
             if scores is not None:
                 return scores._replace(masks=[*scores.masks, mask], nodes=[node, *scores.nodes])
         return None
-    scores = read_scores(node.args[0], node) if is_cast_of(node, node.args[0]) or factor_of(node) else None
-    if scores is None or (factor_of(node) and scores.masks):  # what is multiplied is the product alone
+    factor = 1.0 if node.target in CASTS else factor_of(node)
+    scores = None if factor is None else read_scores(node.args[0], node)
+    if scores is None or (factor != 1 and scores.masks):  # what is multiplied is the product alone
         return None
-    return scores._replace(scale=scores.scale * (factor_of(node) or 1), nodes=[node, *scores.nodes])
-
-
-def is_cast_of(node, source):
-    return node.target in CASTS and node.args[0] is source
+    return scores._replace(scale=scores.scale * factor, nodes=[node, *scores.nodes])
 
 
 def factor_of(node):

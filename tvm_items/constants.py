@@ -125,8 +125,10 @@ def is_square(node):
 
 
 def is_mean_of_rows(node):
-    last = len(shape(node.args[0])) - 1 if node.target == aten.mean.dim else None
-    return last is not None and [axis % (last + 1) for axis in node.args[1]] == [last]
+    if node.target != aten.mean.dim or not node.args[1]:  # of all axes
+        return False
+    rank = len(shape(node.args[0]))
+    return [axis % rank for axis in node.args[1]] == [rank - 1]
 
 
 def is_cast(node):
