@@ -178,6 +178,7 @@ KERNELS = {
 # Others have what these leave out, too.
 REPEATED = (
     "one stage",
+    "causal, two tiles",
     "fp32, one stage",
     "fp32, mask",
     "bf16, one tensor",

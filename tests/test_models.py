@@ -112,7 +112,11 @@ def test_pretrained_weights_from_the_hub_and_its_cache(command, checkpoint, hub,
 
 
 @pytest.mark.parametrize(
-    "repository, says", [("nobody/nothing", "not on the hub"), ("someone/pickled", "no safetensors weights")]
+    "repository, says",
+    [
+        pytest.param("nobody/nothing", "not on the hub", marks=pytest.mark.slow),
+        ("someone/pickled", "no safetensors weights"),
+    ],
 )
 def test_hub_models_that_cannot_be_used(command, hub, repository, says, tmp_path):
     repositories, environment = hub
@@ -237,7 +241,7 @@ def no_network(tmp_path):
             "never fetched",
             marks=pytest.mark.slow,
         ),
-        ({"model_type": "detr", "use_timm_backbone": True}, "timm"),
+        pytest.param({"model_type": "detr", "use_timm_backbone": True}, "timm", marks=pytest.mark.slow),
         pytest.param(
             {"model_type": "timm_wrapper", "architecture": "hf-hub:owner/repo"}, "timm", marks=pytest.mark.slow
         ),

@@ -71,6 +71,7 @@ def gnu_parallel():
 needs_parallel = pytest.mark.skipif(not gnu_parallel(), reason="no GNU parallel")
 
 
+@pytest.mark.slow
 @needs_parallel
 def test_two_slots_share_the_cores(sweep, tmp_path):
     done = sweep(JOBS="2")

@@ -118,9 +118,8 @@ def test_help_is_the_comment_at_the_top(command):
     assert "#" not in done.stdout and "set -u" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    "redirected", ["| head -1; exit ${PIPESTATUS[0]}", pytest.param(">&-", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["| head -1; exit ${PIPESTATUS[0]}", ">&-"])
 def test_a_sweep_goes_on_where_nobody_reads_it(write_model, tmp_path, redirected):
     variables = {"MODELS": str(write_model()), "BATCH_SIZES": "1 2", "RESULTS": str(tmp_path / "rows.csv")}
     line = shlex.join(["bash", str(ROOT / "benchmark_all.sh"), *QUICK])
