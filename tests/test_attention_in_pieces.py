@@ -119,11 +119,17 @@ def other_head_dims(layer, query, key, value):
     return ((query @ key.transpose(-1, -2)).softmax(-1) @ value[..., :8]).repeat(1, 1, 1, 2)
 
 
+def larger_mask(layer, query, key, value):
+    mask = layer.biases.expand(BATCH, -1, -1, -1)
+    return (query[:1] @ key[:1].transpose(-1, -2) + mask).softmax(-1) @ value[:1]
+
+
 SIMILAR = (over_queries, limited, other_head_dims)
 
 
 @pytest.mark.parametrize(
-    "attend", [weights_too, multiplied_mask, *(pytest.param(each, marks=pytest.mark.slow) for each in SIMILAR)]
+    "attend",
+    [weights_too, multiplied_mask, larger_mask, *(pytest.param(each, marks=pytest.mark.slow) for each in SIMILAR)],
 )
 @torch.no_grad()
 def test_what_is_no_attention_is_left_alone(tvm, attend):

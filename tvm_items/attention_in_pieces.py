@@ -7,7 +7,7 @@ import typing
 
 import torch
 
-from tvm_items.attention import SDPA, can_be_whole
+from tvm_items.attention import SDPA, can_be_whole, shape
 from tvm_items.constants import VIEWS
 from tvm_items.exported_graph import insert_call
 
@@ -97,13 +97,13 @@ def join(scores, product):
     query, scale = without_factor(scores.query, scores.scale)
     key, scale = without_factor(transpose(scores.transposed_key, product), scale)
     operands, masks = [query, key, product.args[1]], scores.masks
-    if any(len(shape(each)) != len(shape(product)) for each in operands):
+    if shape(query)[:-1] != shape(product)[:-1]:  # a mask may be larger than what it is added to
+        return
+    if any(shape(each)[:-2] != shape(product)[:-2] for each in operands):  # a product may repeat its operands
         return
     if len(shape(product)) == 3:
         operands = with_batch(operands, product)
         masks = [mask_with_batch(mask, shape(operands[0])[:2], product) for mask in masks]
-    if any(shape(each)[:2] != shape(operands[0])[:2] for each in operands):  # a product may repeat its operands
-        return
     mask = masks[0] if masks else None
     for other in masks[1:]:
         mask = insert_call(product, aten.add.Tensor, mask, other)
@@ -178,7 +178,3 @@ def is_exchange(node, first, second):
     exchanged = list(range(rank))
     exchanged[first], exchanged[second] = second, first
     return node.target == aten.permute.default and [axis % rank for axis in node.args[1]] == exchanged
-
-
-def shape(node):
-    return tuple(node.meta["val"].shape)
