@@ -143,13 +143,13 @@ def test_each_broken_item_costs_itself_only(command, broken_items, write_model, 
 def test_several_cases_of_which_items_fail(command, broken_items, write_model, tmp_path):
     results = tmp_path / "rows.csv"
     models = [write_model(name="one"), write_model(name="other")]
-    arguments = ["--model", *models, "--precision", "fp32", "bf16", "--weights", "random"]
+    arguments = ["--model", *models, "--batch-size", 1, 2, "--precision", "fp32", "bf16", "--weights", "random"]
     items = ["--test-items", "crash", "torch", "off", "--iterations", 3, "--results", results]
     done = command(broken_items, *arguments, *items)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     rows = read_csv(results)
-    cases = [(str(model), precision) for model in models for precision in ("fp32", "bf16")]
-    assert [(row["model_name"], row["precision"]) for row in rows[::3]] == cases
+    cases = [(str(model), size, precision) for model in models for size in "12" for precision in ("fp32", "bf16")]
+    assert [(row["model_name"], row["batch_size"], row["precision"]) for row in rows[::3]] == cases
     for crashed, torch_row, off in zip(rows[::3], rows[1::3], rows[2::3]):
         assert crashed["status"] == "failed" and "SIGSEGV" in crashed["error"] and torch_row["status"] == "ok"
         assert off["status"] == ("wrong" if off["precision"] == "fp32" else "ok")  # by 1 %
