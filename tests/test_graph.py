@@ -135,14 +135,19 @@ class Projections(torch.nn.Module):
         return *parts, *rest
 
 
-@torch.no_grad()
-def test_products_of_the_same_input_become_one():
-    torch.manual_seed(0)
-    model, x = Projections().eval(), torch.randn(2, 4, 8)
+def simplify_and_compare(model, x):
+    """Returns the simplified program of a model; it computes of x what the model does."""
     expected = model(x)
     exported = export_for_tvm(model, {"x": x})
     simplify(exported)
     torch.testing.assert_close(exported.module()(x=x), expected)
+    return exported
+
+
+@torch.no_grad()
+def test_products_of_the_same_input_become_one():
+    torch.manual_seed(0)
+    exported = simplify_and_compare(Projections().eval(), torch.randn(2, 4, 8))
     products = [node for node in exported.graph.nodes if node.target == torch.ops.aten.addmm.default]
     # Queries, keys, values and one reading of the tied layer; another input; a gate has its relu().
     assert sorted(node.meta["val"].shape[1] for node in products) == [5, 8, 32]
@@ -157,12 +162,9 @@ def test_a_product_without_bias_joins_those_with_one():
         def forward(self, x):
             return [layer(x).transpose(0, 1) for layer in layers]
 
-    model, x = Model(), torch.randn(3, 8)
+    model = Model()
     model.layers = layers
-    expected = model(x)
-    exported = export_for_tvm(model, {"x": x})
-    simplify(exported)
-    torch.testing.assert_close(exported.module()(x=x), expected)
+    exported = simplify_and_compare(model, torch.randn(3, 8))
     assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1
 
 
@@ -183,11 +185,7 @@ class SharedBias(torch.nn.Module):
 @torch.no_grad()
 def test_parts_of_a_concatenation_are_taken_from_before_it():
     torch.manual_seed(0)
-    model, x = SharedBias(), torch.randn(3, 8)
-    expected = model(x)
-    exported = export_for_tvm(model, {"x": x})
-    simplify(exported)
-    torch.testing.assert_close(exported.module()(x=x), expected)
+    exported = simplify_and_compare(SharedBias(), torch.randn(3, 8))
     assert sum("mm" in str(node.target) for node in exported.graph.nodes) == 1
 
 

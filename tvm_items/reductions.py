@@ -5,7 +5,7 @@ import math
 
 from tvm_items.lowering import is_s_tir
 from tvm_items.relax_rewrites import bindings_of, find_calls, join_calls
-from tvm_items.templates.expressions import is_load
+from tvm_items.templates.row_task import is_copy
 
 
 def fuse_around_reductions():
@@ -148,9 +148,9 @@ def is_elementwise(function):
 
 def is_reshape(function):
     """Returns whether an elementwise TIR function does nothing to the elements, and leaves none of them out."""
-    blocks = blocks_of(function)
-    whole = all(elements(block.reads[0]) == elements(block.writes[0]) for block in blocks if block.reads)
-    return whole and all(is_load(getattr(block.body, "value", None)) for block in blocks)
+    return all(
+        is_copy(block) and elements(block.reads[0]) == elements(block.writes[0]) for block in blocks_of(function)
+    )
 
 
 def is_elementwise_block(block):
