@@ -38,7 +38,7 @@ from harness.check import output_arrays
 from harness.decode import cache_arrays, step_bytes
 from harness.device import Gpu, describe_device, disturbances, process_memory_bytes, reset_peak_memory, synchronize
 from harness.errors import UserError, one_line, print_error, report_errors_as, warn
-from harness.figures import decode_figures, statistics
+from harness.figures import decode_figures, energy_per_sample, statistics
 from harness.processes import Launchers, Worker, WorkerError, end_on_stop_signals, report
 from harness.recompiling import finish_compiling, recompiling_fails
 from harness.reference import USUAL_ORIGIN, Reference, References, run_on_changed_inputs
@@ -77,7 +77,6 @@ WARMUP_WINDOW_S = 0.1  # Warm is when two windows of runs in a row agree in thei
 WARMUP_AGREEMENT = 0.01
 WARMUP_LIMIT_S = 3.0  # a machine that never settles is timed all the same, and its row says so (`warnings`).
 HOST_ITERATIONS = 20  # of the host's share of an inference: with nothing in the queue, so with a wait before each
-ENERGY_MIN_S = 1.0  # NVML's energy counter ticks every 20 to 100 ms: shorter runs get no energy figure
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
@@ -269,9 +268,11 @@ def run_in_forks(name, case, reference, timeout_s, verbose):
 
 
 def tune_in_fork(case, options, timeout_s, verbose):
-    """Tunes a case with plan_tuning()'s options in a process of its own, which has what this one has imported."""
+    """Tunes a case with plan_tuning()'s options in a process of its own, a fork; returns the seconds that it took."""
+    start = time.monotonic()
     with Worker(isolated=True, verbose=verbose) as worker:
-        worker.call(tuning.tune_case, case, *options, timeout_s=timeout_s, on_stage=report)
+        worker.call(tuning.tune_case, case, *options, timeout_s=timeout_s + options[1], on_stage=report)
+    return time.monotonic() - start
 
 
 @torch.no_grad()
@@ -314,10 +315,10 @@ def run_item(name, case, reference):
             "compile_time_s": first_run_s if compiles else None,
             "host_time_ms": timing.host_ms,
             "peak_memory_mib": peak_memory and peak_memory / 2**20,
-            "energy_mj_per_sample": timing.energy_mj(case.batch_size),
+            "energy_mj_per_sample": energy_per_sample(timing, case.batch_size),
             "warnings": "; ".join(disturbances(timing.times_ms, timing.before, timing.after)),
             "timing_s": timing_s + (0 if compiles else first_run_s),
-            "schedule_warning": getattr(run, "warning", ""),
+            **getattr(run, "schedule_columns", {}),
         }
         if item.load:
             report("saving")
@@ -382,12 +383,6 @@ class Timing(typing.NamedTuple):
     before: dict
     after: dict
     host_ms: float | None  # that the host needs to hand over one inference; None on the CPU, which runs it itself
-
-    def energy_mj(self, batch_size):
-        """Returns millijoules for each sample, None where the device does not say or the runs were too short."""
-        if self.before["energy_mj"] is None or self.times_ms.sum() <= ENERGY_MIN_S * 1e3:
-            return None
-        return (self.after["energy_mj"] - self.before["energy_mj"]) / (len(self.times_ms) * batch_size)
 
 
 def time_item(run, case, gpu):
@@ -540,13 +535,13 @@ class Session:
         try:
             if isinstance(reference, WorkerError):
                 raise reference
+            limits = self.args.timeout, self.args.verbose
             if name == "tvm_tune" and tune_options:
-                start, timeout_s = time.monotonic(), self.args.timeout + tune_options[1]
-                arguments = (tune_in_fork, case, tune_options, timeout_s, self.args.verbose)
-                self.launchers.call(TEST_ITEMS[name].import_compiler, *arguments, on_stage=self.show(name))
-                search_s = time.monotonic() - start
-            arguments = (run_in_forks, name, case, reference, self.args.timeout, self.args.verbose)
-            item_columns = self.launchers.call(TEST_ITEMS[name].import_compiler, *arguments, on_stage=self.show(name))
+                search_s = self.launch(name, tune_in_fork, case, tune_options, *limits)
+            item_columns = self.launch(name, run_in_forks, name, case, reference, *limits)
+            if item_columns.get("gone_kernels"):  # what the library has of the case is another version's
+                search_s += self.launch(name, tune_in_fork, case, tuning.ROUND, *limits)
+                item_columns = self.launch(name, run_in_forks, name, case, reference, *limits)
             if name == "tvm_tune" and item_columns["status"] == "ok":
                 item_columns |= {**tuning.tuning_columns(case), "search_s": search_s}
         except WorkerError as error:
@@ -560,6 +555,10 @@ class Session:
             print_error(f"{self.args.results}: the row of {name} is not written: {row['not_saved']}")
         self.bar.update()
         return row
+
+    def launch(self, name, function, *arguments):
+        """Returns function(*arguments), done in a fork of the process that has the item's compiler."""
+        return self.launchers.call(TEST_ITEMS[name].import_compiler, function, *arguments, on_stage=self.show(name))
 
     def import_compilers(self, items):
         """Begins to import what the items need, each compiler in a process of its own, unless that has begun."""

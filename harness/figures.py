@@ -10,6 +10,7 @@ from harness.device import synchronize
 
 COPIED_BYTES = {"cuda": 2**29, "cpu": 2**28}  # many times what any cache of a processor holds
 ROUNDS, COPIES = 5, 4  # the best of so many rounds counts, of so many copies in a row
+ENERGY_MIN_MS = 1000.0  # NVML's energy counter ticks every 20 to 100 ms: shorter runs get no energy figure
 
 
 def statistics(times_ms, batch_size):
@@ -25,6 +26,14 @@ def statistics(times_ms, batch_size):
         "iterations": len(times_ms),
         "throughput_samples_per_s": batch_size * 1e3 / times_ms.mean(),
     }
+
+
+def energy_per_sample(timing, batch_size):
+    """Returns millijoules a sample of a Timing, None where the device does not say or the runs were too short."""
+    before, after = timing.before["energy_mj"], timing.after["energy_mj"]
+    if before is None or timing.times_ms.sum() <= ENERGY_MIN_MS:
+        return None
+    return (after - before) / (len(timing.times_ms) * batch_size)
 
 
 def decode_figures(times_ms, case, moved_bytes):

@@ -55,7 +55,7 @@ def test_a_model_of_templates_compiles_for_hopper(tvm, monkeypatch, precision, i
         return SimpleNamespace(source=executable.mod.imports[0].imports[0].inspect_source("cuda"))
 
     done = compile_with_library(module, target, kernels, len(records), compile_scheduled)
-    assert instruction in done.source and done.warning == ""
+    assert instruction in done.source and done.schedule_columns == {"schedule_warning": "", "gone_kernels": 0}
 
     # A record that fits no more costs itself only, and so does one whose kernel the device's compiler refuses.
     first, second, *rest = records
@@ -74,8 +74,8 @@ def test_a_model_of_templates_compiles_for_hopper(tvm, monkeypatch, precision, i
         return SimpleNamespace()
 
     monkeypatch.setattr("tvm_items.apply.build", build_alone)
-    warning = compile_with_library(module, target, kernels, len(records), compile_without_broken).warning
-    assert (
-        f"the schedule of {second['name']} is left out: ValueError" in warning and "those of 1 more kernels" in warning
-    )
-    assert f"1 of {len(records)} kernels that were tuned" in warning and len(compiled) == 2
+    done = compile_with_library(module, target, kernels, len(records), compile_without_broken)
+    warning = done.schedule_columns["schedule_warning"]
+    assert f"the schedule of {second['name']} is left out: ValueError" in warning
+    assert "those of 1 more kernels" in warning and len(compiled) == 2
+    assert done.schedule_columns["gone_kernels"] == 1

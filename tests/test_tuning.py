@@ -114,6 +114,24 @@ def test_another_run_measures_nothing(tuned):
     file.write_text(content)
 
 
+def test_kernels_that_another_version_does_not_have_get_a_round(tuned):
+    """Without a search, though the case was tuned to its last kernel."""
+    (file,) = tuned.files("kernels.jsonl")
+    kept, gone = [], []
+    for line in file.read_text().splitlines():
+        (kept if gone or json.loads(line)["space"] is None else gone).append(line)
+    file.write_text("\n".join(kept))
+    trials = len([line for line in map(json.loads, tuned.journal()) if "space" in line])
+    done = tuned.run("--test-items", "tvm_tune")
+    assert done.returncode == 0 and "searching" in done.stdout
+    assert {json.loads(line)["task"] for line in file.read_text().splitlines()} == {
+        json.loads(line)["task"] for line in [*kept, *gone]
+    }
+    assert int(read_csv(tuned.directory / "rows.csv")[-1]["tune_trials"]) >= trials
+    again = tuned.run("--test-items", "tvm_tune")
+    assert again.returncode == 0 and "searching" not in again.stdout
+
+
 def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
     """The same model at another batch size, on which nothing was tuned: what the library has is adapted."""
     monkeypatch.chdir(tuned.directory)

@@ -14,7 +14,8 @@ def compile_with_library(module, target, kernels, expected, compile_module):
 
     kernels: a Library's, {task's key: fields of a Kernel}. expected: how many of the model's tasks should be among
     them. compile_module: takes a scheduled module, returns a callable with attributes. A task without a schedule, or
-    with one that cannot be built here, gets TVM's default one; of the latter, the attribute `warning` tells.
+    with one that cannot be built here, gets TVM's default one. The callable's dict `schedule_columns` has a
+    `schedule_warning` of the latter, and how many of the expected tasks the model no longer has: `gone_kernels`.
     """
     tasks, unfit = find_tasks(module, kernels), {}
     scheduled = schedule(module, target, tasks, kernels, unfit)
@@ -29,11 +30,8 @@ def compile_with_library(module, target, kernels, expected, compile_module):
     warnings = [f"the schedule of {kernels[key]['name']} is left out: {error}" for key, error in unfit.items()][:1]
     if len(unfit) > 1:
         warnings.append(f"and those of {len(unfit) - 1} more kernels")
-    if (gone := expected - len(set(tasks.values()))) > 0:
-        warnings.append(
-            f"{gone} of {expected} kernels that were tuned are no longer the model's: --tune-minutes tunes anew"
-        )
-    run.warning = ", ".join(warnings)
+    gone = max(0, expected - len(set(tasks.values())))
+    run.schedule_columns = {"schedule_warning": ", ".join(warnings), "gone_kernels": gone}
     return run
 
 

@@ -33,6 +33,7 @@ from tvm_items.tasks import extract_tasks
 
 TUNE_TRIALS, TUNE_MINUTES = 100, 10.0  # trials for each task on average, and the end of tuning a case
 ROUND_LIMIT_S = 30.0  # of building and measuring where no search is asked for
+ROUND = None, ROUND_LIMIT_S  # what plan_tuning() returns then
 MAKE_TASKS_TIMEOUT_S = 600
 
 
@@ -110,7 +111,7 @@ def plan_tuning(case, tune_trials, tune_minutes):
         asked_trials = tune_trials or (math.inf if tune_minutes else TUNE_TRIALS)
         is_done = tuned and tuned["asked_trials"] >= asked_trials
         return None if is_done else (asked_trials, 60 * (tune_minutes or TUNE_MINUTES))
-    return None if tuned and not tuned.get("untried") else (None, ROUND_LIMIT_S)
+    return None if tuned and not tuned.get("untried") else ROUND
 
 
 def tune_case(case, asked_trials, limit_s):
