@@ -29,11 +29,11 @@ FEW_NUMBERS, DRAWS = 4, 4
 def load_on_device(case, dtype, with_values=True):
     """Returns the case's model and inputs on its device, with weights and floating-point inputs in `dtype`.
 
-    Of a case that decodes, the DecodeStep and its inputs. with_values: whether what these hold matters.
+    Of a case that decodes, the DecodeStep and its inputs. with_values: whether what weights and cache hold matters.
     """
     try:
         with without_hub():
-            model = load_model(case)
+            model = load_model(case, with_values)
     except Exception as error:  # a damaged checkpoint, sizes that do not fit the config, a missing optional library
         raise UserError(f"{case.model_name} cannot be loaded: {one_line(error)}") from error
     if case.phase == "decode":
@@ -83,15 +83,18 @@ def turn_off_caches(config):
             turn_off_caches(part)
 
 
-def load_model(case):
-    """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients."""
+def load_model(case, with_values=True):
+    """Returns the case's model: fp32, on the CPU, in evaluation mode, without gradients.
+
+    with_values: as in load_on_device().
+    """
     turn_off_caches(case.config)
     torch.manual_seed(SEED)  # a head that a checkpoint may lack
     if case.weights_dir:
         model = load_pretrained(case.model_class, case.config, case.weights_dir)
     elif case.made_weights and os.path.getsize(case.made_weights):
         made = torch.load(case.made_weights, mmap=True, weights_only=True)
-        if case.device == "cpu":  # nothing is computed on pages of a mapped file
+        if case.device == "cpu" and with_values:  # nothing is computed on pages of a mapped file
             made = {name: tensor.clone() for name, tensor in made.items()}
         model, _ = load_state(case.model_class, case.config, made)
     else:

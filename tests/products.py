@@ -97,6 +97,44 @@ def make_batched_product(shape, dtype, transposed=False, epilogue=True, activati
     return module, [*tensors, torch.full_like(expected, torch.nan)], expected
 
 
+def make_gate(shape, dtype, transposed=False, activation="silu", rounded=False):
+    """Returns what make_batched_product() does, of a product of pairs of columns that a gate makes one of, with biases.
+
+    shape: (batch, rows, columns of the product, terms).
+    """
+    import tvm
+    from tvm import te, topi
+
+    batch, rows, columns, terms = shape
+    x = te.placeholder((batch, rows, terms), dtype, "x")
+    w = te.placeholder((batch, columns, terms) if transposed else (batch, terms, columns), dtype, "w")
+    bias = te.placeholder((columns,), dtype, "bias")
+    product = topi.cast(topi.nn.batch_matmul(x, w, out_dtype="float32", transpose_b=transposed), dtype)
+    pairs = topi.reshape(topi.add(product, bias), (batch, rows, columns // 2, 2))
+    gate, up = (
+        topi.reshape(topi.strided_slice(pairs, [number], [number + 1], [1], [3]), (batch, rows, columns // 2))
+        for number in range(2)
+    )
+    output = topi.multiply(topi.multiply(gate, share_of_activation(gate, activation, dtype)), up)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [random_tensor(generator, tensor) for tensor in (x, w, bias)]
+    tensors[1] /= terms**0.5
+    if rounded:
+        tensors[:2] = map(rounded_to_tf32, tensors[:2])
+    left, right = (tensor.float() for tensor in tensors[:2])
+    gate, up = (
+        ((left @ (right.mT if transposed else right)).to(tensors[0].dtype) + tensors[2])
+        .unflatten(-1, (-1, 2))
+        .unbind(-1)
+    )
+    expected = ACTIVATIONS[activation](gate) * up
+    function = te.create_prim_func([x, w, bias, output])
+    if rounded:
+        function = function.with_attr({ALLOW_TF32: True, ROUNDED: [0, 1]})
+    module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
+    return module, [*tensors, torch.full_like(expected, torch.nan)], expected
+
+
 def make_convolution(shape, dtype, stride, padding, dilation, groups=1):
     """Returns what make_batched_product() does, of a convolution with a bias and ReLU, channels last.
 

@@ -1,10 +1,14 @@
 """The exported graph, made better to tune: less to run, and more that fuses with a convolution or a matrix product."""
 
 import itertools
+import math
 
 import torch
 
-from tvm_items.constants import fold_batch_norms, is_pointwise, merge_parallel_products, shape
+from tvm_items.constants import VIEWS, fold_batch_norms, is_pointwise, merge_parallel_products, shape
+from tvm_items.exported_graph import insert_call
+from tvm_items.gates import pair_gates
+from tvm_items.rotary import turn_at_once
 
 aten = torch.ops.aten
 VIEW, PERMUTE = aten.view.default, aten.permute.default
@@ -12,11 +16,11 @@ INSERTED = "inserted"  # in the `meta` of what brings an operand into another's 
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
-def simplify(exported):
+def simplify(exported, with_gates=False):
     """Rewrites a decomposed torch.export.ExportedProgram in place; it computes the same as before.
 
     BatchNorm goes into the weights of the layer before it, products of the same input become one, and pointwise
-    operators go behind products.
+    operators go behind products. with_gates: whether those that a gate multiplies become one, too (gates.py).
     """
     graph = exported.graph
     multiply_in_two_dimensions(graph)
@@ -25,8 +29,12 @@ def simplify(exported):
     multiply_small_powers(graph)
     split_into_slices(graph)
     take_parts_of_concatenations(graph)
+    slice_before_views(graph)
     merge_parallel_products(exported)
+    turn_at_once(graph)
     move_behind_products(graph)
+    if with_gates:
+        pair_gates(exported)
     merge_views(graph)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
@@ -101,6 +109,25 @@ def take_parts_of_concatenations(graph):
         ends = list(itertools.accumulate(shape(part)[dim] for part in parts))
         if dim == dim_of_parts and (start, end) in zip([0, *ends], ends):
             node.replace_all_uses_with(parts[ends.index(end)])
+
+
+def slice_before_views(graph):
+    """Slices what a view splits the last axis into by slicing that axis, as attention reads parts of a product in it.
+
+    ModernBERT's products are viewed as (…, 3, heads, head dim), of which queries, keys and values are one each.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        view, axis, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        if view.target not in VIEWS or step != 1 or None in (start, end):
+            continue
+        source, split, last = view.args[0], shape(view)[axis % len(shape(view)) :], len(shape(view.args[0])) - 1
+        if len(split) < 2 or math.prod(split) != shape(source)[last]:
+            continue
+        inner = math.prod(split[1:])
+        part = insert_call(node, aten.slice.Tensor, source, last, start * inner, min(end, split[0]) * inner)
+        node.target, node.args = VIEW, (part, list(shape(node)))
+        for squeezed in [user for user in node.users if user.target == aten.squeeze.dims]:
+            squeezed.target, squeezed.args = VIEW, (node, list(shape(squeezed)))
 
 
 def merge_views(graph):

@@ -1,6 +1,7 @@
 """The Relax module, made better to tune: one TIR function for each distinct fused operator, channels last."""
 
 from tvm_items.channels_last import LAYOUTS, cancel_permutations, clear_the_way, widen_channels
+from tvm_items.gates import fuse_gates
 from tvm_items.graph import simplify
 from tvm_items.importer import import_to_relax
 from tvm_items.in_place import fuse_into_writes
@@ -16,9 +17,10 @@ def tuned_module(exported, target, allow_tf32=False):
     The module has a function for each task, not yet scheduled: prepare() says more. The program is changed. allow_tf32:
     whether products in fp32 may be computed on tensor cores, with operands rounded to TF32, where the target has those.
     """
-    simplify(exported)
+    has_templates = is_ampere_or_later(target)
+    simplify(exported, with_gates=has_templates)
     module, weights = import_to_relax(exported)
-    return prepare(module, target, allow_tf32 and is_ampere_or_later(target)), weights
+    return prepare(module, target, allow_tf32 and has_templates), weights
 
 
 def prepare(module, target, allow_tf32):
@@ -45,6 +47,7 @@ def prepare(module, target, allow_tf32):
         relax.transform.FoldConstant(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
+        *([fuse_gates()] if is_ampere_or_later(target) else []),
         fuse_around_reductions(),
         fuse_into_writes(),
         relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune

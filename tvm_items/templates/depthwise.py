@@ -65,6 +65,7 @@ class DepthwiseTask:
     output: object  # the parameter that is written
     indices: list  # TIR: where the element is written
     output_vector: int  # how many channels of the output can be written as one
+    pair: typing.ClassVar[int] = 1  # as a ProductTask has it
 
     def positions(self, _, place, channel):
         """Returns {variable: expression} at a position of the output; place: the same of all loops but the channels."""

@@ -22,26 +22,30 @@ LOG2_ERFC = (-1.6279070286, -0.9183934096, -0.1488804467, 0.0297340911, -0.00297
 
 
 def output_vector(task):
-    """Returns how many elements of the output along the columns a thread can write as one."""
-    return min(task.output_vector, MAX_VECTOR_BYTES // bytes_of_element(task.value))
+    """Returns the columns whose elements of the output a thread can write as one."""
+    return min(task.output_vector, MAX_VECTOR_BYTES // bytes_of_element(task.value)) * task.pair
 
 
 def store_outputs(task, buffers, batch, row, column, sums):
     """Emits the epilogue of len(sums) neighbouring columns, a divisor of output_vector(task), and writes them as one.
 
     buffers: {parameter: buffer}. batch, row, column: expressions; the column of the first sum, a multiple of their
-    number. sums: expressions in fp32. What the epilogue reads along the columns is loaded as one too.
+    number. sums: expressions in fp32. What the epilogue reads along the columns is loaded as one too, unless they are
+    pairs.
     """
+    from tvm.sym import Analyzer
     from tvm.tirx.script.builder import ir as build
     from tvm_ffi import structural_equal
 
-    argument, width = argument_of_rounding(task.value), len(sums)
+    pair, simplify = task.pair, Analyzer().simplify
+    argument, width = argument_of_rounding(task.value), len(sums) // pair
     is_rounded = argument is not None
     value = argument if is_rounded else task.value
-    loads = [load for load in loads_of(value) if not load.source.same_as(task.product)]
+    numbers = {task.product: 0} if pair == 1 else {task.product: 0, task.second: 1}  # of a column in a pair
+    loads = [load for load in loads_of(value) if find(load.source, numbers) is None]
     # What is loaded under a condition may lie out of bounds where that is not met: nothing is emitted ahead then.
     is_plain = not is_conditional(value)
-    vectors = [load for load in loads if is_plain and width > 1 and is_vector(task, load, width)]
+    vectors = [load for load in loads if is_plain and pair == 1 < width and is_vector(task, load, width)]
     held = []
     for load in vectors:
         copy = build.alloc_buffer((width,), dtype_of(load), scope="local")
@@ -50,12 +54,13 @@ def store_outputs(task, buffers, batch, row, column, sums):
         held.append(copy)
     values, takes_short_forms = [], is_plain and (is_rounded or bytes_of_element(value) == 2)
     for j in range(width):
-        positions = task.positions(batch, row, column + j)
+        positions = task.positions(batch, row, column + j * pair)
 
         def replace(part, j=j, positions=positions):
             if is_load(part):
-                if part.source.same_as(task.product):
-                    return sums[j].astype(dtype_of(part))
+                number = find(part.source, numbers)
+                if number is not None:
+                    return sums[j * pair + number].astype(dtype_of(part))
                 for load, copy in zip(vectors, held):
                     if structural_equal(part, load):
                         return copy[j]
@@ -69,7 +74,9 @@ def store_outputs(task, buffers, batch, row, column, sums):
     output = find(task.output, buffers)
 
     def place(offset):
-        return [on_buffers(index, task.positions(batch, row, column + offset), buffers) for index in task.indices]
+        positions = task.positions(batch, row, column + offset * pair)
+        indices = [on_buffers(index, positions, buffers) for index in task.indices]
+        return indices if pair == 1 else [simplify(index) for index in indices]
 
     if width == 1:
         build.buffer_store(output, values[0], place(0))

@@ -37,6 +37,8 @@ def gemv_templates(task, max_shared_bytes):
     is_plain = right.condition is None and task.left.condition is None
     if task.rows.extent > MAX_ROWS or not is_plain or right.vector * right.element_bytes < MIN_VECTOR_BYTES:
         return []
+    if not right.along_terms and right.vector % task.pair:
+        return []
     return [GemvAlongTermsTemplate(task)] if right.along_terms else [GemvTemplate(task, max_shared_bytes)]
 
 
@@ -195,6 +197,8 @@ class GemvAlongTermsTemplate(Template):
         """Returns whether the kernel of these decisions can be made and is no obvious waste."""
         lanes, warps, ahead = self.read(decisions)
         task, columns = self.task, warps * WARP_THREADS // lanes * ahead
+        if ahead % task.pair:
+            return False
         is_wide = warps * ahead > 1 and columns >= 2 * task.columns.extent
         is_long = lanes > LANES[0] and lanes * task.right.vector >= 2 * task.terms.extent
         return not is_wide and not is_long and task.rows.extent * ahead <= MAX_SUMS_OF_A_THREAD
@@ -211,7 +215,7 @@ def emit_along_terms(task, lanes, warps, ahead, buffers, partial):
     from tvm import tirx
     from tvm.tirx.script.builder import ir as build
 
-    rows, vector, terms = task.rows.extent, task.right.vector, task.terms.extent
+    rows, vector, terms, pair = task.rows.extent, task.right.vector, task.terms.extent, task.pair
     side_by_side = warps * WARP_THREADS // lanes  # columns that a block reads at once
     step_terms = lanes * vector
     with (
@@ -220,7 +224,9 @@ def emit_along_terms(task, lanes, warps, ahead, buffers, partial):
         build.launch_thread("threadIdx.x", warps * WARP_THREADS) as thread,
     ):
         lane, own = build.Bind(thread % lanes), build.Bind(thread // lanes)
-        columns = [build.Bind((tile * ahead + j) * side_by_side + own) for j in range(ahead)]
+        columns = [  # the columns of a pair are one thread's
+            build.Bind((tile * ahead + j // pair * pair) * side_by_side + own * pair + j % pair) for j in range(ahead)
+        ]
         inside = [tirx.Min(column, task.columns.extent - 1) for column in columns]
         sums = make_sums(rows * ahead)
         loaded = build.alloc_buffer((ahead * vector,), task.dtype, scope="local")
@@ -248,10 +254,11 @@ def emit_along_terms(task, lanes, warps, ahead, buffers, partial):
                         build.buffer_store(sums, sums[at] + product, [at])
         emit_shuffles(sums, rows * ahead, 1, lanes)
         with build.If(lane == 0), build.Then():
-            for j, column in enumerate(columns):
-                with build.If(column < task.columns.extent), build.Then():
+            for j in range(0, ahead, pair):
+                with build.If(columns[j] < task.columns.extent), build.Then():
                     for row in range(rows):
-                        store_outputs(task, buffers, batch, zero() + row, column, [sums[row * ahead + j]])
+                        values = [sums[row * ahead + j + number] for number in range(pair)]
+                        store_outputs(task, buffers, batch, zero() + row, columns[j], values)
 
 
 def emit_shuffles(sums, count, first, end):

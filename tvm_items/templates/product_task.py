@@ -1,7 +1,8 @@
 """A task's product as tensor cores see it: products of matrices, batched, with all that is fused behind them.
 
 out[…] = epilogue(sum over terms of left[batch, row, term] * right[batch, column, term]). Convolutions are such products
-too (implicit GEMM): a row is a position of the output, and a term is a position in the window and an input channel.
+too (implicit GEMM): a row is a position of the output, and a term is a position in the window and an input channel. The
+epilogue may make an element of two sums, of a pair of columns, as gates.py has them.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ from tvm_items.templates.expressions import (
     dtype_of,
     find,
     is_load,
+    linear_coefficients,
+    loads_of,
+    replace_variable,
     rewrite,
     substitute,
     unflatten,
@@ -88,10 +92,16 @@ class ProductTask:
     left: Operand
     right: Operand
     product: object  # the buffer that stands for the sums in `value`
+    second: object  # the one that stands for those of the second column of each pair; None: there are no pairs
     value: object  # TIR: an element of the output
     output: object  # the parameter that is written
     indices: list  # TIR: where the element is written
     output_vector: int  # how many elements along the columns can be written as one
+
+    @property
+    def pair(self):
+        """The columns that make an element of the output."""
+        return 1 if self.second is None else 2
 
     def positions(self, batch, row, column):
         """Returns {variable: expression} at a position of the output."""
@@ -123,6 +133,7 @@ class Sums(typing.NamedTuple):
     factors: list  # (load, condition or None) of each
     axes: list[Axis]  # loops over what is in both factors, in the first or the second one alone, and over terms
     product: object  # the buffer that stands for the sums in `value`
+    second: object  # as a ProductTask has it
     value: object  # TIR: an element of the output
     output: object  # the parameter that is written
     indices: list  # TIR: where the element is written
@@ -146,11 +157,13 @@ def find_sums(module):
     axes = sort_loops(product, factors)
     if axes is None:
         return None
-    # What the loops of the epilogue are called in the product; its loops are those of the product's buffer.
-    renamed = {iter_var.var: index for iter_var, index in zip(epilogue.iter_vars, product.body.indices, strict=True)}
-    store = epilogue.body
-    indices = [keep_dtype(index, renamed) for index in store.indices]
-    value = keep_dtype(store.value, renamed)
+    store, pairs = epilogue.body, find_pairs(epilogue, product.body.buffer, product.body.indices)
+    if pairs is not None:
+        renamed, second, value = pairs
+    else:  # what its loops are called in the product: they are those of the product's buffer
+        renamed = {loop.var: index for loop, index in zip(epilogue.iter_vars, product.body.indices, strict=True)}
+        second, value = None, store.value
+    indices, value = [keep_dtype(index, renamed) for index in store.indices], keep_dtype(value, renamed)
     groups = find_groups(axes, factors)
     if groups is not None:
         axes, replace = groups
@@ -160,15 +173,66 @@ def find_sums(module):
     if any(math.prod(buffer_shape(p)) > MAX_ELEMENTS for p in parameters):
         return None
     rounded = [parameters[number] for number in module["main"].attrs.get(ROUNDED, ())]
-    return Sums(parameters, factors, axes, product.body.buffer, value, store.buffer, indices, rounded)
+    return Sums(parameters, factors, axes, product.body.buffer, second, value, store.buffer, indices, rounded)
+
+
+def find_pairs(epilogue, sums, places):
+    """Returns what a block is in other loops, where it makes one column of each pair of a product's columns.
+
+    sums: the buffer that it reads them from. places: TIR: an element of that, in the other loops. Returns ({variable of
+    a loop of the block: expression}, the buffer that stands for the second columns, the element that it writes); None
+    where it reads the product in another way.
+    """
+    from tvm import tirx
+    from tvm.sym import Analyzer
+
+    analyzer = Analyzer()
+    loops = [loop.var for loop in epilogue.iter_vars]
+    for loop in epilogue.iter_vars:
+        analyzer.bind(loop.var, loop.dom)
+    second = tirx.decl_buffer(sums.shape, sums.dtype, "second")
+    # A loop of one step is none.
+    renamed = {loop.var: tirx.const(0, dtype_of(loop.var)) for loop in epilogue.iter_vars if int(loop.dom.extent) == 1}
+    parts = {}
+    for load in loads_of(epilogue.body.value):
+        if not load.source.same_as(sums):
+            continue
+        *outer, last = (analyzer.simplify(index) for index in load.indices)
+        for index, place in zip(outer, places):
+            if any(index.same_as(loop) for loop in loops):
+                renamed[index] = place
+            elif not is_number(index, 0):
+                return None
+        coefficients = linear_coefficients(last, loops) or [0]
+        (*steps, number), halved = coefficients, [loop for loop, step in zip(loops, coefficients) if step == 2]
+        if len(halved) != 1 or sum(steps) != 2 or number not in (0, 1):
+            return None
+        renamed[halved[0]] = tirx.floordiv(places[-1], tirx.const(2, dtype_of(places[-1])))
+        parts[number] = load
+    if set(parts) != {0, 1} or len(renamed) != len(loops):
+        return None
+
+    def replace(part):
+        if isinstance(part, tirx.IntImm):
+            return part
+        if is_load(part) and part.source.same_as(sums):
+            is_second = linear_coefficients(analyzer.simplify(part.indices[-1]), loops)[-1]
+            return (second if is_second else sums)[tuple(places)]
+        return None
+
+    return renamed, second, rewrite(epilogue.body.value, replace)
 
 
 def find_product_task(sums):
     """Returns the ProductTask of Sums, None where these are no such product."""
     (batch, rows, columns, terms), factors = sums.axes, sums.factors
     place = sums.indices, buffer_shape(sums.output)
-    if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
-        rows, columns, factors = columns, rows, factors[::-1]
+    if sums.second is not None:
+        output_vector = run_of_pairs(*place, *columns.innermost())
+    else:
+        if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
+            rows, columns, factors = columns, rows, factors[::-1]
+        output_vector = contiguous_run(*place, *columns.innermost())
     if columns.extent < MIN_COLUMNS or terms.extent < MIN_TERMS or batch.extent > MAX_BATCH:
         return None
     left, right = (
@@ -187,11 +251,21 @@ def find_product_task(sums):
         left=left,
         right=right,
         product=sums.product,
+        second=sums.second,
         value=sums.value,
         output=sums.output,
         indices=sums.indices,
-        output_vector=contiguous_run(*place, *columns.innermost()),
+        output_vector=output_vector,
     )
+
+
+def run_of_pairs(indices, shape, column, columns):
+    """Returns what contiguous_run() does along the pairs of columns, of which the indices have column // 2."""
+    from tvm import tirx
+
+    pair = tirx.Var("pair", dtype_of(column))
+    first = pair * tirx.const(2, dtype_of(column))
+    return contiguous_run([replace_variable(index, column, first) for index in indices], shape, pair, columns // 2)
 
 
 def separate(schedule):
@@ -205,7 +279,12 @@ def separate(schedule):
             schedule.compute_inline(producer)
 
     inline_producers(product)
-    copy = schedule.cache_write(product, 0, "local")
+    consumers = schedule.get_consumers(product)
+    store = schedule.get(product).body
+    if len(consumers) == 1 and find_pairs(schedule.get(consumers[0]), store.buffer, store.indices) is not None:
+        (copy,) = consumers
+    else:
+        copy = schedule.cache_write(product, 0, "local")
     while consumers := schedule.get_consumers(copy):
         schedule.reverse_compute_inline(consumers[0])
     blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
