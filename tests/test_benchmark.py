@@ -112,7 +112,7 @@ def test_each_broken_item_costs_itself_only(command, broken_items, write_model, 
         "--test-items",
         *items,
         "--timeout",
-        40,  # more than any of the others takes on a busy machine
+        30,  # more than any of the others takes on a busy machine
         "--iterations",
         3,
         "--results",

@@ -200,7 +200,11 @@ def test_a_file_that_config_json_names_is_not_read(tmp_path):
     "config, says",
     [
         (BertConfig(vocab_size=4 * 10**8), r"1,14\d\.\d GiB of memory in fp32"),
-        (LlamaConfig(num_hidden_layers=10**6, hidden_size=64, num_attention_heads=4), "more than 100,000 tensors"),
+        pytest.param(
+            LlamaConfig(num_hidden_layers=10**6, hidden_size=64, num_attention_heads=4),
+            "more than 100,000 tensors",
+            marks=pytest.mark.slow,
+        ),
         (BertConfig(hidden_size=10**9), "need|cannot be loaded"),
         (BertConfig(hidden_size=7), "multiple"),
     ],

@@ -150,11 +150,11 @@ def test_the_gate_is_part_of_the_product_s_task(tvm, rows, numbers):
     "shape, dtype, transposed, activation, rounded",
     [
         ((1, 70, 80, 104), "float16", False, "silu", False),  # neither rows, columns nor terms are multiples of a tile
-        ((2, 37, 66, 64), "bfloat16", True, "gelu", False),
+        pytest.param((2, 37, 66, 64), "bfloat16", True, "gelu", False, marks=pytest.mark.slow),
         ((1, 40, 72, 96), "float32", False, "silu", False),
         ((1, 40, 72, 96), "float32", True, "silu", True),
         ((1, 1, 72, 200), "float16", False, "silu", False),
-        ((1, 3, 66, 264), "bfloat16", True, "gelu by tanh", False),
+        pytest.param((1, 3, 66, 264), "bfloat16", True, "gelu by tanh", False, marks=pytest.mark.slow),
     ],
 )
 def test_every_template_has_pairs(tvm, shape, dtype, transposed, activation, rounded):

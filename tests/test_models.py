@@ -223,7 +223,9 @@ def no_network(tmp_path):
         pytest.param(
             {**TINY_VIT, "_attn_implementation_internal": "owner/kernels"}, "never run", marks=pytest.mark.slow
         ),
-        ({**TINY_VIT, "attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+        pytest.param(
+            {**TINY_VIT, "attn_implementation": "flash_attention_2"}, "FlashAttention2", marks=pytest.mark.slow
+        ),
         pytest.param(
             {"model_type": "clip", "vision_config": {"attn_implementation": "owner/kernels"}},
             "never run",

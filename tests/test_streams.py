@@ -50,7 +50,7 @@ def quick(model):
     [
         # A reader that goes before the first line.
         pytest.param("2>&1 | true; exit ${PIPESTATUS[0]}", {}, 0, marks=pytest.mark.slow),
-        (">&- 2>&- <&-", {}, 0),
+        pytest.param(">&- 2>&- <&-", {}, 0, marks=pytest.mark.slow),
         (">/dev/full", {}, 1),
         pytest.param("", {"PYTHONIOENCODING": "latin-1"}, 0, marks=pytest.mark.slow),
         pytest.param(

@@ -128,8 +128,6 @@ def test_kernels_that_another_version_does_not_have_get_a_round(tuned):
         json.loads(line)["task"] for line in [*kept, *gone]
     }
     assert int(read_csv(tuned.directory / "rows.csv")[-1]["tune_trials"]) >= trials
-    again = tuned.run("--test-items", "tvm_tune")
-    assert again.returncode == 0 and "searching" not in again.stdout
 
 
 def test_kin_is_tuned_without_a_search(tuned, monkeypatch):
