@@ -5,17 +5,19 @@ import random
 
 import pytest
 import torch
+from test_attention import called_functions, run_unscheduled
 from torch.nn import functional
 
 from conftest import H200
 from cuda_emulator import emulate, generate
-from harness.check import relative_error
+from harness.check import output_arrays, relative_error
 from products import make_gate, random_fitting
 from tvm_items.graph import simplify
 from tvm_items.importer import export_for_tvm
 from tvm_items.kernels import compile_candidate
 from tvm_items.lowering import tir_pipeline
 from tvm_items.relax_module import tuned_module
+from tvm_items.target import load_target
 from tvm_items.tasks import extract_tasks
 from tvm_items.templates.find import find_templates
 
@@ -121,6 +123,21 @@ def test_what_stays_as_it_is(meet, columns):
     slices = exported.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
     assert all(node.args[0].meta["val"].shape[-1] != 2 for node in slices)
     torch.testing.assert_close(exported.module()(x=x), expected)
+
+
+@torch.no_grad()
+def test_one_function_has_product_and_gate(tvm):
+    torch.manual_seed(0)
+    model, x = Gated(as_modernbert, bias=True).eval(), torch.randn(2, 5, TERMS)
+    exported = export_for_tvm(model, {"x": x})
+    module, weights = tuned_module(exported, load_target(H200))
+    assert [("matmul" in name, "gelu" in name) for name in called_functions(module)] == [
+        (False, False),  # the norm
+        (True, True),
+        (True, False),
+    ]
+    values = run_unscheduled(exported, module, weights, tvm.target.Target({"kind": "llvm", "num-cores": 2}), x)
+    assert relative_error(values, output_arrays(model(x))) < 1e-5
 
 
 @pytest.mark.parametrize("rows, numbers", [(5, {100, 102}), (1, {107})])

@@ -7,6 +7,7 @@ from tvm_items.importer import import_to_relax
 from tvm_items.in_place import fuse_into_writes
 from tvm_items.reductions import fuse_around_reductions, size_of
 from tvm_items.relax_rewrites import axes_of, multiply_transposed, mutate_functions, name_of, permute, weights_of
+from tvm_items.residuals import fuse_into_epilogues
 from tvm_items.target import is_ampere_or_later
 from tvm_items.tf32 import mark_tf32, round_operands
 
@@ -49,6 +50,7 @@ def prepare(module, target, allow_tf32):
         relax.transform.FuseTIR(),
         *([fuse_gates()] if is_ampere_or_later(target) else []),
         fuse_around_reductions(),
+        *([fuse_into_epilogues()] if is_ampere_or_later(target) else []),
         fuse_into_writes(),
         relax.transform.RewriteDataflowReshape(),  # a reshape launches nothing: there is nothing to tune
     ]

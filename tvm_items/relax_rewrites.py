@@ -42,28 +42,30 @@ def find_calls(function, operators=(CALL,)):
     return {binding.var: binding.value for binding in bindings_of(function) if name_of(binding.value) in operators}
 
 
-def join_calls(module, groups, calls):
+def join_calls(module, groups, calls, last_first=False):
     """Returns a Relax module in whose `main` the calls of each group are one, of one TIR function.
 
     groups: lists of variables in their order, of which the last is what a group gives. calls: find_calls()'s.
+    last_first: whether its name and its parameters begin with those of the group's last call.
     """
     import tvm
     from tvm import relax
 
     builder = relax.BlockBuilder(module)
-    joined = {group[-1]: call_as_one(builder, group, calls) for group in groups}
+    joined = {group[-1]: call_as_one(builder, group, calls, last_first) for group in groups}
     builder.update_func(module.get_global_var("main"), with_values(module["main"], joined))
     passes = [relax.transform.DeadCodeElimination(["main"]), relax.transform.FuseTIR()]
     return tvm.transform.Sequential(passes)(builder.get())
 
 
-def call_as_one(builder, group, calls):
+def call_as_one(builder, group, calls, last_first):
     """Adds a function of the calls in a group, of which FuseTIR makes one TIR function, and returns a call of it."""
     from tvm import relax
 
-    outside = dict.fromkeys(argument for var in group for argument in calls[var].args[1] if argument not in group)
+    in_order = group[-1:] + group[:-1] if last_first else group
+    outside = dict.fromkeys(argument for var in in_order for argument in calls[var].args[1] if argument not in group)
     inside = {argument: relax.Var(f"argument_{i}", argument.ty) for i, argument in enumerate(outside)}
-    name = "fused_" + "_".join(calls[var].args[0].name_hint.removeprefix("fused_") for var in group)
+    name = "fused_" + "_".join(calls[var].args[0].name_hint.removeprefix("fused_") for var in in_order)
     with builder.function(name, list(inside.values()), attrs={"Primitive": True}, private=True):
         with builder.dataflow():
             for var in group:

@@ -273,13 +273,18 @@ def separate(schedule):
     rewrite_product(schedule, UNSPLIT)
     product, _ = find_product(schedule)
 
+    name = schedule.get(product).name_hint
+
     def inline_producers(block):
         for producer in schedule.get_producers(block):
-            inline_producers(producer)
-            schedule.compute_inline(producer)
+            if schedule.get(producer).name_hint != name:
+                inline_producers(producer)
+                schedule.compute_inline(producer)
 
     inline_producers(product)
     consumers = schedule.get_consumers(product)
+    for consumer in consumers:  # what a residual passes through
+        inline_producers(consumer)
     store = schedule.get(product).body
     if len(consumers) == 1 and find_pairs(schedule.get(consumers[0]), store.buffer, store.indices) is not None:
         (copy,) = consumers
