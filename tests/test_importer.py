@@ -1,6 +1,7 @@
 """What is rewritten before TVM's importer, and the dtypes that it gives: models with what it refuses or gets wrong."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from transformers import ResNetConfig
 from transformers.integrations import moe
 
 import benchmark
-from conftest import make_case
+from conftest import H200, make_case
 from harness.check import output_arrays, relative_error
+from tvm_items.executable import compile_module
 from tvm_items.exported_graph import compute_constants_once
 from tvm_items.importer import export_for_tvm, import_to_relax
 
@@ -267,6 +269,18 @@ def test_half_precision_operators_keep_their_dtype(dtype):
         assert output.dtype == str(dtype).removeprefix("torch.")
         error = relative_error(output_arrays(output), [model(**inputs).float().numpy()])
     assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@torch.no_grad()
+def test_averages_over_a_grid_compile_for_hopper_in_bf16():
+    """As UperNet's, of 3 by 3; TVM's own are of bf16 and of its bits at once."""
+    import tvm
+
+    pool = torch.nn.AdaptiveAvgPool2d(3)
+    module, _ = import_to_relax(export_for_tvm(pool, {"input": torch.randn(1, 4, 8, 8).bfloat16()}))
+    executable = compile_module(module, tvm.target.Target(json.loads(H200)), "default", {"tirx.disable_assert": True})
+    (host,) = executable.mod.imports
+    assert ["__global__" in kernels.inspect_source("cuda") for kernels in host.imports] == [True]
 
 
 def test_what_detectors_and_caches_are_made_of():

@@ -192,8 +192,8 @@ def operators_in_input_dtype():
 
     TVM 0.27 gives convolutions and matrix products fp32 results whatever the inputs are, and then cannot add a bias in
     fp16 or bf16. BatchNorm's results it calls fp16 and lowers to fp32, which the next operators may not go with; other
-    normalizations, and powers, it does not have in bf16. Sums, normalizations and powers are still computed in fp32,
-    then rounded: PyTorch does so too.
+    normalizations, powers and, on CUDA, averages over a grid of a given size it does not have in bf16. Sums, averages,
+    normalizations and powers are still computed in fp32, then rounded: PyTorch does so too.
     """
     from tvm import relax
 
@@ -202,7 +202,8 @@ def operators_in_input_dtype():
     for name in ("conv1d", "conv2d", "conv3d", "conv1d_transpose", "conv2d_transpose"):
         wrappers[nn, name] = rounded_to_input_dtype
     wrappers[nn, "batch_norm"] = functools.partial(computed_in_fp32, dtypes=("float16", "bfloat16"), outputs=3)
-    for module, name in ((op, "power"), (nn, "layer_norm"), (nn, "group_norm"), (nn, "instance_norm")):
+    in_fp32 = "layer_norm", "group_norm", "instance_norm", "adaptive_avg_pool2d"
+    for module, name in ((op, "power"), *((nn, name) for name in in_fp32)):
         wrappers[module, name] = functools.partial(computed_in_fp32, dtypes=("bfloat16",))
     for name in ("asin", "acos", "asinh", "acosh", "atanh"):  # CUDA code generation has them in fp32 only
         wrappers[op, name] = functools.partial(computed_in_fp32, dtypes=("float16", "bfloat16"))
