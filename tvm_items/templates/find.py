@@ -28,8 +28,8 @@ def find_templates(module, target):
     sums = find_sums(module)
     task = sums and find_product_task(sums)
     if task is None:
-        depthwise = sums and find_depthwise_task(sums)
-        if depthwise is not None:
+        depthwise = sums and sums.second is None and find_depthwise_task(sums)
+        if depthwise:
             return [DepthwiseTemplate(depthwise)]
         rows = find_row_task(module)
         return [] if rows is None else [RowReductionTemplate(rows)]

@@ -228,6 +228,8 @@ def find_product_task(sums):
     (batch, rows, columns, terms), factors = sums.axes, sums.factors
     place = sums.indices, buffer_shape(sums.output)
     if sums.second is not None:
+        if columns.innermost()[1] % 2:
+            return None
         output_vector = run_of_pairs(*place, *columns.innermost())
     else:
         if contiguous_run(*place, *rows.innermost()) > contiguous_run(*place, *columns.innermost()):
