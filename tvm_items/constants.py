@@ -145,18 +145,22 @@ def merge_products(products):
     insert = functools.partial(insert_call, products[0])
     weights, biases = zip(*((constants_of_product(product) + [None])[:2] for product in products))
     widths = [shape(weight)[0] for weight in weights]
-    weight = insert(aten.permute.default, insert(aten.cat.default, list(weights)), [1, 0])
-    operands, like = (input_of_product(products[0]), weight), weights[0].meta["val"]
+    bias, like = None, weights[0].meta["val"]
     if any(biases):
         zeros = functools.partial(insert, aten.full.default, dtype=like.dtype, device=like.device)
         parts = [bias or zeros([width], 0) for bias, width in zip(biases, widths)]
-        merged = insert(aten.addmm.default, insert(aten.cat.default, parts), *operands)
-    else:
-        merged = insert(aten.mm.default, *operands)
+        bias = insert(aten.cat.default, parts)
+    merged = insert_product(insert, input_of_product(products[0]), insert(aten.cat.default, list(weights)), bias)
     start = 0
     for product, width in zip(products, widths):
         product.replace_all_uses_with(insert(aten.slice.Tensor, merged, 1, start, start + width))
         start += width
+
+
+def insert_product(insert, source, weight, bias=None):
+    """Inserts the product of a Linear layer, and returns it; all are nodes, and insert is insert_call() at a place."""
+    operands = source, insert(aten.permute.default, weight, [1, 0])
+    return insert(aten.addmm.default, bias, *operands) if bias else insert(aten.mm.default, *operands)
 
 
 class Constants:

@@ -15,12 +15,13 @@ from tvm_items.constants import (
     behind_views,
     constants_of_product,
     input_of_product,
+    insert_product,
     is_pointwise,
     shape,
 )
 from tvm_items.exported_graph import insert_call
 from tvm_items.reductions import blocks_of, is_without_reduction
-from tvm_items.relax_rewrites import bindings_of, find_calls, join_calls
+from tvm_items.relax_rewrites import find_calls, find_readers, join_calls
 from tvm_items.rewrites import find_product
 from tvm_items.templates.product_task import find_pairs
 
@@ -41,7 +42,7 @@ def pair_gates(exported):
                 continue
             halves = find_halves(product)
             if halves is not None and do_meet(*halves):
-                pair_halves(product, halves)
+                pair_columns(product, constants_of_product(product), halves)
             else:
                 groups[behind_views(input_of_product(product)), target, shape(product)].append(product)
     for products in groups.values():
@@ -93,18 +94,16 @@ def do_meet(first, second):
 def pair_products(first, second):
     """Replaces two products of the same input, in the graph's order, by one of pairs of columns."""
     insert = functools.partial(insert_call, first)
-
-    def in_turns(nodes):
-        with_pairs = [insert(aten.unsqueeze.default, node, 1) for node in nodes]
-        return insert(aten.reshape.default, insert(aten.cat.default, with_pairs, 1), [-1, *shape(nodes[0])[1:]])
-
-    weights, *biases = zip(*map(constants_of_product, (first, second)))
-    product = insert_product(insert, first, in_turns(weights), *map(in_turns, biases))
-    replace_by_pairs(insert, product, (first, second))
+    constants = zip(*map(constants_of_product, (first, second)))
+    pair_columns(first, [insert(aten.cat.default, list(nodes)) for nodes in constants], (first, second))
 
 
-def pair_halves(product, halves):
-    """Replaces a product whose columns have two halves by one of pairs of columns."""
+def pair_columns(product, constants, halves):
+    """Inserts a product of pairs of columns in front of another one of the same input, and replaces two nodes by them.
+
+    constants: nodes of the weight and, where there is one, the bias of a layer that has the columns of `halves` one
+    behind the other.
+    """
     insert = functools.partial(insert_call, product)
 
     def in_turns(node):
@@ -113,21 +112,10 @@ def pair_halves(product, halves):
         halved = insert(aten.reshape.default, node, [2, columns // 2, *others])
         return insert(aten.reshape.default, insert(aten.permute.default, halved, axes), [columns, *others])
 
-    paired = insert_product(insert, product, *map(in_turns, constants_of_product(product)))
-    replace_by_pairs(insert, paired, halves)
-
-
-def insert_product(insert, like, weight, bias=None):
-    """Inserts a Linear layer's product of the same input as that of another one, with another weight and bias."""
-    operands = input_of_product(like), insert(aten.permute.default, weight, [1, 0])
-    return insert(aten.addmm.default, bias, *operands) if bias else insert(aten.mm.default, *operands)
-
-
-def replace_by_pairs(insert, product, nodes):
-    """Replaces two nodes by the first and the second columns of the pairs that a product has."""
-    rows, columns = shape(product)
-    pairs = insert(aten.reshape.default, product, [rows, columns // 2, 2])
-    for number, node in enumerate(nodes):
+    paired = insert_product(insert, input_of_product(product), *map(in_turns, constants))
+    rows, columns = shape(paired)
+    pairs = insert(aten.reshape.default, paired, [rows, columns // 2, 2])
+    for number, node in enumerate(halves):
         part = insert(aten.slice.Tensor, pairs, 2, number, number + 1)
         node.replace_all_uses_with(insert(aten.reshape.default, part, list(shape(node))))
 
@@ -138,17 +126,14 @@ def replace_by_pairs(insert, product, nodes):
 def fuse_gates():
     """Returns a pass over Relax modules that joins a product of pairs to what makes one column of each pair."""
     import tvm
-    from tvm import relax
 
     @tvm.transform.module_pass(opt_level=0)
     def fuse(module, _):
-        calls, users = find_calls(module["main"]), collections.Counter()
-        for binding in bindings_of(module["main"]):
-            users.update(relax.analysis.free_vars(binding.value))
+        calls, readers = find_calls(module["main"]), find_readers(module["main"])
 
         def is_pair(var):
             sources = list(calls[var].args[1])
-            if len(sources) != 1 or sources[0] not in calls or users[sources[0]] != 1:
+            if len(sources) != 1 or sources[0] not in calls or len(readers[sources[0]]) != 1:
                 return False
             product, gate = (module[calls[each].args[0]] for each in (sources[0], var))
             return is_product(product) and is_gate(gate)

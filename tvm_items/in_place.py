@@ -4,13 +4,11 @@ torch.export makes such a write a function with a new tensor, and says which inp
 kernel again that writes one position of the input and leaves the rest where it is.
 """
 
-import collections
-
 import torch
 
 from tvm_items.attention import constant_value
 from tvm_items.reductions import is_without_reduction
-from tvm_items.relax_rewrites import WRITE, bindings_of, find_calls, join_calls
+from tvm_items.relax_rewrites import WRITE, find_calls, find_readers, join_calls
 
 aten = torch.ops.aten
 INDEX_COPY = aten.index_copy.default
@@ -103,7 +101,6 @@ def fuse_into_writes():
     FuseOps leaves such a kernel alone. Only what has no reduction goes into it, and is not read elsewhere.
     """
     import tvm
-    from tvm import relax
 
     @tvm.transform.module_pass(opt_level=0)
     def fuse(module, _):
@@ -112,12 +109,12 @@ def fuse_into_writes():
         if not writes:
             return module
         calls = find_calls(main) | writes
-        read = collections.Counter(var for b in bindings_of(main) for var in relax.analysis.free_vars(b.value))
+        readers = find_readers(main)
         pairs = [[write.args[1][2], var] for var, write in writes.items()]
         groups = [
             [new, var]
             for new, var in pairs
-            if new in calls and read[new] == 1 and is_without_reduction(module[calls[new].args[0]])
+            if new in calls and len(readers[new]) == 1 and is_without_reduction(module[calls[new].args[0]])
         ]
         return join_calls(module, groups, calls)
 

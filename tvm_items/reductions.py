@@ -1,10 +1,9 @@
 """Reductions along rows, as RMSNorm's or LayerNorm's: one task with all that is elementwise before and after them."""
 
-import collections
 import math
 
 from tvm_items.lowering import is_s_tir
-from tvm_items.relax_rewrites import bindings_of, find_calls, join_calls
+from tvm_items.relax_rewrites import find_calls, find_readers, join_calls
 from tvm_items.templates.row_task import is_copy
 
 
@@ -21,24 +20,19 @@ def fuse_around_reductions():
     def fuse(module, _):
         calls = find_calls(module["main"])
         reductions = [var for var, call in calls.items() if is_row_reduction(module[call.args[0]])]
-        groups = [find_group(module, module["main"], calls, var) for var in reductions]
+        readers = find_readers(module["main"])
+        groups = [find_group(module, readers, calls, var) for var in reductions]
         return join_calls(module, [group for group in groups if len(group) > 1], calls)
 
     return fuse
 
 
-def find_group(module, main, calls, reduction):
+def find_group(module, readers, calls, reduction):
     """Returns the variables whose calls are to be one: that of a row reduction and those around it, in their order.
 
     Before it come elementwise calls, but none that others need too and that reads more than it gives. Behind it come
-    elementwise calls that alone read what is before them.
+    elementwise calls that alone read what is before them. readers: find_readers()'s.
     """
-    from tvm import relax
-
-    users = collections.defaultdict(list)
-    for binding in bindings_of(main):
-        for used in relax.analysis.free_vars(binding.value):
-            users[used].append(binding.var)
 
     def may_join(var, size):
         return var in calls and 0 < size_of(var) == size and is_elementwise(module[calls[var].args[0]])
@@ -52,12 +46,12 @@ def find_group(module, main, calls, reduction):
         for argument in calls[to_visit.pop()].args[1]:
             if argument in group or not may_join(argument, size):
                 continue
-            if is_cheap(argument) or group.issuperset(users[argument]):
+            if is_cheap(argument) or group.issuperset(readers[argument]):
                 group.add(argument)
                 to_visit.append(argument)
     last = reduction
-    while len(users[last]) == 1 and may_join(users[last][0], size_of(last)):
-        (last,) = users[last]
+    while len(readers[last]) == 1 and may_join(readers[last][0], size_of(last)):
+        (last,) = readers[last]
         group.add(last)
     reshapes = {var for var in group if is_reshape(module[calls[var].args[0]])}
     return without_reshapes_at_its_ends([var for var in calls if var in group], reshapes, calls)

@@ -1,5 +1,7 @@
 """What passes over Relax share: rewriting functions, joining calls, permutations, products and other convolutions."""
 
+import collections
+
 CALL, WRITE = "relax.call_tir", "relax.call_tir_inplace"  # of a TIR function, and of one that writes into an argument
 
 
@@ -40,6 +42,17 @@ def name_of(value):
 def find_calls(function, operators=(CALL,)):
     """Returns {variable: call of a TIR function by one of the operators} for a Relax function, in its order."""
     return {binding.var: binding.value for binding in bindings_of(function) if name_of(binding.value) in operators}
+
+
+def find_readers(function):
+    """Returns {variable: the variables whose values read it} for a Relax function, a defaultdict of lists."""
+    from tvm import relax
+
+    readers = collections.defaultdict(list)
+    for binding in bindings_of(function):
+        for read in relax.analysis.free_vars(binding.value):
+            readers[read].append(binding.var)
+    return readers
 
 
 def join_calls(module, groups, calls, last_first=False):

@@ -1,10 +1,8 @@
 """What a residual passes through before a product adds it: part of that product's epilogue, as T5's clamp is."""
 
-import collections
-
 from tvm_items.gates import is_product
 from tvm_items.reductions import blocks_of, is_elementwise, is_reshape, reduced_axes, size_of
-from tvm_items.relax_rewrites import bindings_of, find_calls, join_calls
+from tvm_items.relax_rewrites import find_calls, find_readers, join_calls
 
 
 def fuse_into_epilogues():
@@ -14,27 +12,23 @@ def fuse_into_epilogues():
     where all that is left to read the operators' result are such products: then it is written no more.
     """
     import tvm
-    from tvm import relax
 
     @tvm.transform.module_pass(opt_level=0)
     def fuse(module, _):
-        calls, users = find_calls(module["main"]), collections.defaultdict(list)
-        for binding in bindings_of(module["main"]):
-            for used in relax.analysis.free_vars(binding.value):
-                users[used].append(binding.var)
+        calls, readers = find_calls(module["main"]), find_readers(module["main"])
 
         def find_paths(var):
             """Returns the calls behind `var` up to each product that adds it, None where something else reads it."""
             paths = []
-            for user in users[var]:
-                if user not in calls:
+            for reader in readers[var]:
+                if reader not in calls:
                     return None
                 behind = [[]]
-                if not is_residual(module, calls[user], var):
-                    behind = find_paths(user) if is_view(module[calls[user].args[0]]) else None
+                if not is_residual(module, calls[reader], var):
+                    behind = find_paths(reader) if is_view(module[calls[reader].args[0]]) else None
                 if behind is None:
                     return None
-                paths += [[user, *path] for path in behind]
+                paths += [[reader, *path] for path in behind]
             return paths or None
 
         groups = {}  # one for each product: with two residuals it keeps one apart

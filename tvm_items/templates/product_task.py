@@ -193,7 +193,7 @@ def find_pairs(epilogue, sums, places):
     second = tirx.decl_buffer(sums.shape, sums.dtype, "second")
     # A loop of one step is none.
     renamed = {loop.var: tirx.const(0, dtype_of(loop.var)) for loop in epilogue.iter_vars if int(loop.dom.extent) == 1}
-    parts = {}
+    numbers = set()
     for load in loads_of(epilogue.body.value):
         if not load.source.same_as(sums):
             continue
@@ -208,8 +208,8 @@ def find_pairs(epilogue, sums, places):
         if len(halved) != 1 or sum(steps) != 2 or number not in (0, 1):
             return None
         renamed[halved[0]] = tirx.floordiv(places[-1], tirx.const(2, dtype_of(places[-1])))
-        parts[number] = load
-    if set(parts) != {0, 1} or len(renamed) != len(loops):
+        numbers.add(number)
+    if numbers != {0, 1} or len(renamed) != len(loops):
         return None
 
     def replace(part):
