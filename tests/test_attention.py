@@ -9,6 +9,7 @@ from transformers import ResNetConfig
 
 from conftest import make_case
 from harness.check import output_arrays, relative_error
+from tvm_items.attention import can_be_whole
 from tvm_items.executable import compile_and_bind, passes_after_scheduling
 from tvm_items.importer import export_for_tvm
 from tvm_items.measure import build_options
@@ -152,8 +153,23 @@ def test_attention_of_other_head_dims_stays_apart(tvm, kind):
 @torch.no_grad()
 def test_attention_that_stays_apart_is_in_its_dtype(tvm):
     """So that tensor cores can have its products; and it has no kernel for a mask that is not there."""
-    model, x = SelfAttention(**APART["no mask"]).eval().half(), torch.randn(BATCH, TOKENS, 24).half()
+    model, x = SelfAttention(head_dim=18).eval().half(), torch.randn(BATCH, TOKENS, 24).half()
     _, module, _, target = prepare(tvm, model, x)
     operands = [task.arguments[0] for task in extract_tasks(module, target) if "matmul" in task.name]
     assert [dtype for dtype, shape in operands if shape[0] == BATCH * HEADS] == ["float16", "float16"]
     assert not any("where" in name or "equal" in name for name in called_functions(module))
+
+
+@torch.no_grad()
+def test_heads_of_36_stay_whole_on_tensor_cores(tvm):
+    """As MobileViT has them; in fp32, and of one query, which may be over a cache, multiples of 8 do alone."""
+    model, x = SelfAttention(head_dim=36).eval().half(), torch.randn(BATCH, TOKENS, 24).half()
+    assert called_functions(prepare(tvm, model, x)[1]).count("attention") == 1
+    keys = torch.empty(BATCH, HEADS, TOKENS, 36)
+    for dtype, queries, is_whole in (
+        (torch.float16, keys, True),
+        (torch.bfloat16, keys, True),
+        (torch.float32, keys, False),
+        (torch.float16, keys[:, :, :1], False),
+    ):
+        assert can_be_whole(queries.to(dtype), keys.to(dtype), keys.to(dtype), None, 0.0) == is_whole

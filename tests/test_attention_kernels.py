@@ -16,7 +16,7 @@ from tvm_items.templates.attention_task import Attention, Source, define_attenti
 from tvm_items.templates.find import FIRST_TEMPLATE, find_templates
 from tvm_items.templates.fma import FmaTemplate
 
-HEAD_DIMS = {"float16": (32, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
+HEAD_DIMS = {"float16": (36, 60, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
 
 
 def make_attention(dtype="float16", head_dim=64, **fields):
@@ -61,6 +61,7 @@ def test_kernels_compile_for_hopper(tvm, dtype, head_dim):
     with target:
         source = tvm.build(module, target=target, pipeline="tirx").imports[0].inspect_source("cuda")
     assert ("mma.sync" in source and "ldmatrix" in source) == (dtype != "float32")
+    assert ("cp.async.cg" in source, "cp.async.ca" in source) == ((True, False) if head_dim % 8 == 0 else (False, True))
     assert source.count('extern "C" __global__') == 2  # one kernel, declared and defined
 
 
@@ -142,6 +143,17 @@ KERNELS = {
         {"query_count": 37, "key_count": 37, "key_heads": 1, "dtype": "bfloat16", "sources": ONE_TENSOR},
         (3, 1, 32, 2, 1),
     ),
+    # Of heads of 36 and 60 a row begins at a multiple of 8 bytes only, and its last piece of 8 columns is half a piece.
+    "heads of 36, mask, two stages": (
+        {"query_count": 21, "key_count": 37, "head_dim": 36, "mask_shape": (1, 2, 21, 37), "mask_dtype": "bool"},
+        (2, 1, 16, 2, 1),
+    ),
+    "heads of 60, bf16, one tensor": (
+        {"query_count": 21, "key_count": 21, "key_heads": 1, "head_dim": 60, "dtype": "bfloat16"}
+        | {"sources": ONE_TENSOR},
+        (1, 2, 16, 2, 1),
+    ),
+    "heads of 60, groups of warps": ({"query_count": 21, "key_count": 37, "head_dim": 60}, (1, 1, 16, 1, 2)),
     "fp32, one stage": ({"query_count": 37, "key_count": 37, "dtype": "float32", "head_dim": 32}, (4, 8, 2, 16, 1)),
     "fp32, causal, grouped": (
         {"query_count": 80, "key_count": 80, "is_causal": True, "key_heads": 1, "dtype": "float32"}

@@ -14,7 +14,6 @@ from tvm_items.templates.attention_task import LOWEST_FP32, Attention, Source, d
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-HEAD_DIMS = range(16, 129, 8)  # that attention is one kernel for: templates/attention_kernels.py
 
 
 # ---- Export ---------------------------------------------------------------------------------------------------------
@@ -52,16 +51,25 @@ def can_be_whole(query, key, value, mask, dropout_p):
     sizes = (*query.shape, *key.shape, *(mask.shape if mask is not None else ()))
     if not all(isinstance(size, int) for size in sizes):
         return False
-    batch, heads, _, head_dim = query.shape
+    batch, heads, query_count, head_dim = query.shape
     same_dtype = query.dtype == key.dtype == value.dtype
     return (
-        head_dim in HEAD_DIMS
+        head_dim in head_dims(query.dtype, query_count)
         and key.shape[0] == batch
         and heads % key.shape[1] == 0
         and same_dtype
         and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
         and (mask is None or mask.dtype in (torch.bool, torch.float16, torch.bfloat16, torch.float32))
     )
+
+
+def head_dims(dtype, query_count):
+    """Returns the head dims that attention is one kernel for: see templates/attention_kernels.py.
+
+    Those that are no multiples of 8 are for tensor cores alone. One query may be over a cache: another kernel's work.
+    """
+    is_on_tensor_cores = dtype != torch.float32 and query_count > 1
+    return range(16, 129, 4 if is_on_tensor_cores else 8)
 
 
 def repeat_heads(tensor, heads):

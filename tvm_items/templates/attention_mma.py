@@ -14,7 +14,14 @@ from tvm_items.templates.attention_task import Softmax, kernel_function, masked
 
 TILE = 16  # rows, columns and terms of what one ldmatrix loads for mma.sync
 ROW_PADDING = 8  # elements behind each row in shared memory: 8 rows at the same column lie in distinct banks then
-COPY = 8  # elements of 16 bits that one cp.async copies
+
+
+def copy_elements(attention):
+    """Returns how many elements one cp.async copies: 16 bytes, which both addresses must be multiples of, or else 8.
+
+    In global memory a row begins where the one before it ends: at a multiple of 16 bytes, or of 8 in the other case.
+    """
+    return 8 if attention.head_dim % 8 == 0 else 4
 
 
 def padded_depth(attention):
@@ -59,7 +66,8 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
     depth_tiles, key_tiles = padded_depth(a) // TILE, key_tile // TILE
     score_count, sum_count = row_tiles * key_tiles * 8, row_tiles * depth_tiles * 8
     largest_at, totals_at = sum_count, sum_count + row_tiles * 2  # among the numbers that groups join
-    row_copies = padded_depth(a) // COPY
+    copied = copy_elements(a)
+    row_copies = padded_depth(a) // copied
     copies = key_tile * row_copies
     thread_copies = -(-copies // group_threads)
     stage_length = 2 * key_tile * row_length
@@ -68,6 +76,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
     short = {"float16": "f16", "bfloat16": "bf16"}[a.dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32"
     pack = f"cvt.rn.{short}x2.f32"
+    start_copy = f"cp.async.{'cg' if copied == 8 else 'ca'}.shared.global"  # cg has 16 bytes only
     load_keys = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
     load_values = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
@@ -115,16 +124,16 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
             for i in T.unroll(thread_copies):
                 index: T.let = i * group_threads + place
                 key: T.let = step * key_tile + index // row_copies
-                column: T.let = index % row_copies * COPY
+                column: T.let = index % row_copies * copied
                 if index < copies:
-                    T.ptx["cp.async.cg.shared.global"](
+                    T.ptx[start_copy](
                         T.address_of(shared[start(stage, group) + offset + index // row_copies * row_length + column]),
                         T.address_of(
-                            source[batch, T.min(key, a.key_count - 1), head, T.min(column, a.head_dim - COPY)]
+                            source[batch, T.min(key, a.key_count - 1), head, T.min(column, a.head_dim - copied)]
                         ),
-                        16,
+                        copied * 2,
                         # Zeros behind the last key, whose weight 0 times NaN were NaN, and behind the last column.
-                        T.Select(T.And(key < a.key_count, column < a.head_dim), T.uint32(16), T.uint32(0)),
+                        T.Select(T.And(key < a.key_count, column < a.head_dim), T.uint32(copied * 2), T.uint32(0)),
                     )
 
         @T.inline
@@ -282,7 +291,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
         for r in T.unroll(row_tiles):
             for d in T.unroll(depth_tiles):
                 for i in T.unroll(4):
-                    if d * TILE + i // 2 * 8 < a.head_dim:
+                    if d * TILE + i // 2 * 8 + lane % 4 * 2 < a.head_dim:
                         T.ptx["ld.global.b32"](
                             query_fragments[(r * depth_tiles + d) * 4 + i],
                             T.address_of(
@@ -341,15 +350,16 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
                 # Of a query that sees no key the total is 0, and so are its sums; else it is 1 at least.
                 totals[r * 2 + h] = T.float32(1) / T.max(totals[r * 2 + h], T.float32(1e-30))
                 if T.And(group == 0, row + r * TILE + h * 8 < a.query_count):
-                    for n in T.unroll(a.head_dim // 8):
-                        T.ptx[pack](
-                            packed[0],
-                            sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + 1] * totals[r * 2 + h],
-                            sums[(r * depth_tiles * 2 + n) * 4 + h * 2] * totals[r * 2 + h],
-                        )
-                        T.ptx["st.global.b32"](
-                            T.address_of(result[batch, row + r * TILE + h * 8, head, n * 8 + lane % 4 * 2]),
-                            packed[0],
-                        )
+                    for n in T.unroll(-(-a.head_dim // 8)):
+                        if n * 8 + lane % 4 * 2 < a.head_dim:
+                            T.ptx[pack](
+                                packed[0],
+                                sums[(r * depth_tiles * 2 + n) * 4 + h * 2 + 1] * totals[r * 2 + h],
+                                sums[(r * depth_tiles * 2 + n) * 4 + h * 2] * totals[r * 2 + h],
+                            )
+                            T.ptx["st.global.b32"](
+                                T.address_of(result[batch, row + r * TILE + h * 8, head, n * 8 + lane % 4 * 2]),
+                                packed[0],
+                            )
 
     return kernel_function(attention, compute)
