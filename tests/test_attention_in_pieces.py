@@ -21,6 +21,7 @@ class InPieces(torch.nn.Module):
         self.query, self.key, self.value = (torch.nn.Linear(24, HEADS * HEAD_DIM) for _ in range(3))
         self.attend = attend
         self.register_buffer("biases", biases(1, HEADS, TOKENS, TOKENS))
+        self.register_buffer("factors", torch.linspace(0.5, 2, HEADS).view(HEADS, 1, 1))
         self.register_buffer("mask", torch.where(torch.arange(TOKENS) < TOKENS - 3, 0, -1e9)[None, None, None])
 
     def forward(self, x):
@@ -58,6 +59,15 @@ def heads_in_batch(layer, query, key, value):
     return torch.bmm(weights, value).view(BATCH, HEADS, TOKENS, HEAD_DIM)
 
 
+def viewed_scores(layer, query, key, value):
+    """As OPT had it: heads are apart where the mask is added, and nowhere else."""
+    query, key, value = (heads.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for heads in (query, key, value))
+    scores = torch.bmm(query, key.transpose(1, 2)).view(BATCH, HEADS, TOKENS, TOKENS) * HEAD_DIM**-0.5
+    scores = scores + layer.biases + layer.mask
+    weights = torch.softmax(scores.view(BATCH * HEADS, TOKENS, TOKENS), dim=-1)
+    return torch.bmm(weights, value).view(BATCH, HEADS, TOKENS, HEAD_DIM)
+
+
 class TokensFirst(torch.nn.Module):
     """As WavLM calls it: with three axes, biases of its own for each head, and weights that nobody reads."""
 
@@ -81,7 +91,8 @@ class TokensFirst(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "attend", [pytest.param(plain, marks=pytest.mark.slow), with_biases, scaled_before, heads_in_batch, None]
+    "attend",
+    [pytest.param(plain, marks=pytest.mark.slow), with_biases, scaled_before, heads_in_batch, viewed_scores, None],
 )
 @torch.no_grad()
 def test_it_is_one_task_without_transpositions(tvm, attend):
@@ -96,6 +107,23 @@ def test_it_is_one_task_without_transpositions(tvm, attend):
     (attention,) = filter(None, attentions)
     assert attention.scale == pytest.approx(1 if attend is plain else HEAD_DIM**-0.5)
     assert not attend or len({source.tensor for source in attention.sources}) == 1
+
+
+def factors_of_heads(layer, query, key, value):
+    """A number for each head multiplies scores, of products of three axes."""
+    query, key = (heads.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for heads in (query, key))
+    scores = torch.bmm(query, key.transpose(1, 2)).view(BATCH, HEADS, TOKENS, TOKENS) * layer.factors
+    weights = (scores + layer.mask).view(BATCH * HEADS, TOKENS, TOKENS).softmax(-1)
+    return (weights @ value.reshape(BATCH * HEADS, TOKENS, HEAD_DIM)).view(BATCH, HEADS, TOKENS, HEAD_DIM)
+
+
+@torch.no_grad()
+def test_queries_take_the_factors_of_their_heads(tvm):
+    torch.manual_seed(0)
+    model, x = InPieces(factors_of_heads).eval(), torch.randn(BATCH, TOKENS, 24)
+    prepared = prepare(tvm, model, x)
+    assert "attention" in called_functions(prepared[1])
+    assert relative_error(run_unscheduled(*prepared, x), [model(x).numpy()]) < 1e-5
 
 
 def weights_too(layer, query, key, value):

@@ -1,6 +1,6 @@
 """Attention that a model writes as two matrix products around a softmax, made PyTorch's operator: one kernel then.
 
-softmax(query @ key^T * scale + mask) @ value
+softmax(query @ key^T * scale + mask) @ value, where the scale may be a tensor, of one number for each head
 """
 
 import typing
@@ -17,13 +17,21 @@ ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default)
 
 
+class Term(typing.NamedTuple):
+    """What scores are multiplied by, or what is added to them, while they have some shape: a view may regroup them."""
+
+    node: object  # of the exported graph
+    scores_shape: tuple[int, ...]
+
+
 class Scores(typing.NamedTuple):
-    """What a softmax reads: query @ transposed key * scale + all masks."""
+    """What a softmax reads: query @ transposed key * scale * all factors + all masks."""
 
     query: object  # a node
     transposed_key: object
     scale: float
-    masks: list
+    factors: list[Term]  # each of one number for all scores of a head, or of what else comes before queries and keys
+    masks: list[Term]
     nodes: list  # that compute them, the last first: nothing else reads what they give
 
 
@@ -67,22 +75,39 @@ def read_scores(node, user):
     if list(node.users) != [user] or node.op != "call_function":
         return None
     if node.target in PRODUCTS:
-        return Scores(*node.args, 1.0, [], [node])
+        return Scores(*node.args, 1.0, [], [], [node])
     if node.target == aten.baddbmm.default and not node.kwargs:
         mask, *operands = node.args
-        return Scores(*operands, 1.0, [mask], [node])
+        return Scores(*operands, 1.0, [], [Term(mask, shape(node))], [node])
     if node.target in ADDITIONS and not node.kwargs and all(isinstance(each, torch.fx.Node) for each in node.args):
         ways = (node.args, node.args[::-1]) if node.target == aten.add.Tensor else (node.args,)
         for part, mask in ways:
             scores = read_scores(part, node)
             if scores is not None:
-                return scores._replace(masks=[*scores.masks, mask], nodes=[node, *scores.nodes])
+                masks = [*scores.masks, Term(mask, shape(node))]
+                return scores._replace(masks=masks, nodes=[node, *scores.nodes])
         return None
-    factor = 1.0 if node.target in CASTS else factor_of(node)
+    factors = factors_of_heads(node)
+    factor = 1.0 if node.target in CASTS or factors or regroups_heads(node) else factor_of(node)
     scores = None if factor is None else read_scores(node.args[0], node)
-    if scores is None or (factor != 1 and scores.masks):  # what is multiplied is the product alone
+    if scores is None or (scores.masks and (factors or factor != 1)):  # what is multiplied is the product alone
         return None
-    return scores._replace(scale=scores.scale * factor, nodes=[node, *scores.nodes])
+    factors = [*scores.factors, *factors]
+    return scores._replace(scale=scores.scale * factor, factors=factors, nodes=[node, *scores.nodes])
+
+
+def regroups_heads(node):
+    """Returns whether a node is a view of another one whose last two axes, of queries and keys, are its own."""
+    return node.target in VIEWS and shape(node)[-2:] == shape(node.args[0])[-2:]
+
+
+def factors_of_heads(node):
+    """Returns [the Term by which a node multiplies what comes first in it], one number for each head; else []."""
+    if node.target != aten.mul.Tensor or not isinstance(node.args[1], torch.fx.Node):
+        return []
+    source, factor = node.args
+    is_of_heads = all(size == 1 for size in shape(factor)[-2:]) and shape(source) == shape(node)
+    return [Term(factor, shape(node))] if is_of_heads else []
 
 
 def factor_of(node):
@@ -96,14 +121,21 @@ def join(scores, product):
     """Puts PyTorch's operator in the place of the product with the values, where it can be one kernel."""
     query, scale = without_factor(scores.query, scores.scale)
     key, scale = without_factor(transpose(scores.transposed_key, product), scale)
-    operands, masks = [query, key, product.args[1]], scores.masks
+    operands = [query, key, product.args[1]]
     if shape(query)[:-1] != shape(product)[:-1]:  # a mask may be larger than what it is added to
         return
     if any(shape(each)[:-2] != shape(product)[:-2] for each in operands):  # a product may repeat its operands
         return
-    if len(shape(product)) == 3:
+    groups, batch_and_heads = shape(query)[:-2], None
+    if len(groups) == 1:
         operands = with_batch(operands, product)
-        masks = [mask_with_batch(mask, shape(operands[0])[:2], product) for mask in masks]
+        batch_and_heads = shape(operands[0])[:2]
+    factors, masks = (
+        [with_groups(term, groups, batch_and_heads, product) for term in terms]
+        for terms in (scores.factors, scores.masks)
+    )
+    for factor in factors:
+        operands[0] = insert_call(product, aten.mul.Tensor, operands[0], factor)
     mask = masks[0] if masks else None
     for other in masks[1:]:
         mask = insert_call(product, aten.add.Tensor, mask, other)
@@ -157,6 +189,36 @@ def before_views(node):
         if len(shape(node)) == 4 and shape(node)[2:] == sizes:
             return node
     return None
+
+
+def with_groups(term, groups, batch_and_heads, user):
+    """Returns a Term's node for scores (*groups, queries, keys), or (*batch_and_heads, queries, keys) if not None."""
+    if batch_and_heads is None:
+        return regrouped(term, groups, user)
+    if term.scores_shape[:-2] == batch_and_heads:  # where the model has added it, they were apart
+        return term.node
+    return mask_with_batch(regrouped(term, groups, user), batch_and_heads, user)
+
+
+def regrouped(term, groups, user):
+    """Returns a Term's node for scores (*groups, queries, keys).
+
+    What is the same for all groups stays so; else it is repeated for those axes that are grouped in another way.
+    """
+    before, axes = term.scores_shape[:-2], shape(term.node)
+    if before == groups:
+        return term.node
+    axes = (1,) * (len(term.scores_shape) - len(axes)) + axes
+    same = 0
+    while same < min(len(before), len(groups)) and before[-1 - same] == groups[-1 - same]:
+        same += 1
+    first, rest = axes[: len(before) - same], axes[len(before) - same :]
+    node, groups = view(term.node, axes, user), groups[: len(groups) - same]
+    if any(size > 1 for size in first):
+        node = insert_call(user, aten.expand.default, node, [*before[: len(first)], *rest])
+    else:
+        groups = (1,) * len(groups)
+    return view(node, [*groups, *rest], user)
 
 
 def mask_with_batch(mask, batch_and_heads, user):

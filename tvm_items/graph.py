@@ -9,6 +9,7 @@ from tvm_items.constants import VIEWS, fold_batch_norms, is_pointwise, merge_par
 from tvm_items.exported_graph import insert_call
 from tvm_items.gates import pair_gates
 from tvm_items.rotary import turn_at_once
+from tvm_items.unit_vectors import divide_by_root_of_squares
 
 aten = torch.ops.aten
 VIEW, PERMUTE = aten.view.default, aten.permute.default
@@ -27,6 +28,7 @@ def simplify(exported, with_gates=False):
     fold_batch_norms(exported)
     remove_what_does_nothing(graph)
     multiply_small_powers(graph)
+    divide_by_root_of_squares(graph)
     split_into_slices(graph)
     take_parts_of_concatenations(graph)
     slice_before_views(graph)
