@@ -36,7 +36,7 @@ def test_attention_by_cosines_is_a_product_a_normalization_and_attention(tvm):
     model, x = Cosines().eval(), torch.randn(3 * BATCH, TOKENS, 24)
     prepared = prepare(tvm, model, x)
     names = called_functions(prepared[1])
-    assert len(names) == 4 and sum("rsqrt" in name for name in names) == 2 and "attention" in names, names
+    assert len(names) == 3 and "rsqrt" in names[1] and "attention" in names, names
     assert relative_error(run_unscheduled(*prepared, x), output_arrays(model(x))) < 1e-5
 
 

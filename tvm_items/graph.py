@@ -8,7 +8,7 @@ import torch
 from tvm_items.constants import VIEWS, fold_batch_norms, is_pointwise, merge_parallel_products, shape
 from tvm_items.exported_graph import insert_call
 from tvm_items.gates import pair_gates
-from tvm_items.rotary import turn_at_once
+from tvm_items.queries_and_keys import compute_at_once
 from tvm_items.unit_vectors import divide_by_root_of_squares
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def simplify(exported, with_gates=False):
     take_parts_of_concatenations(graph)
     slice_before_views(graph)
     merge_parallel_products(exported)
-    turn_at_once(graph)
+    compute_at_once(exported)
     move_behind_products(graph)
     if with_gates:
         pair_gates(exported)
