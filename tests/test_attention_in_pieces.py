@@ -126,6 +126,23 @@ def test_queries_take_the_factors_of_their_heads(tvm):
     assert relative_error(run_unscheduled(*prepared, x), [model(x).numpy()]) < 1e-5
 
 
+def masked_by_vmap(layer, query, key, value):
+    """As transformers makes some masks: a function of a query and a key, for all of them."""
+    positions = torch.arange(TOKENS)
+    sees = torch.vmap(torch.vmap(lambda i, j: j.new_ones((), dtype=torch.bool) & (j <= i), (None, 0)), (0, None))
+    mask = torch.where(sees(positions, positions), 0.0, -1e9)
+    return ((query @ key.transpose(-1, -2) + mask).softmax(-1)) @ value
+
+
+@torch.no_grad()
+def test_what_has_no_value_stays_in_the_program(tvm):
+    torch.manual_seed(0)
+    model, x = InPieces(masked_by_vmap).eval(), torch.randn(BATCH, TOKENS, 24)
+    prepared = prepare(tvm, model, x)
+    assert "attention" in called_functions(prepared[1])
+    assert relative_error(run_unscheduled(*prepared, x), [model(x).numpy()]) < 1e-5
+
+
 def weights_too(layer, query, key, value):
     weights = (query @ key.transpose(-1, -2)).softmax(-1)
     return weights @ value + weights.amax()

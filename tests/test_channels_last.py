@@ -51,6 +51,17 @@ class Tokens(torch.nn.Module):
         return self.narrow(F.gelu(self.depthwise(image).flatten(2).transpose(1, 2)))
 
 
+class SqueezedInVain(torch.nn.Module):
+    """Parakeet's joint network squeezes an axis that has more than one place, by which PyTorch does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, (3, 4))
+
+    def forward(self, x):
+        return self.second(self.first(x).squeeze(2)).squeeze([2, 3])
+
+
 @torch.no_grad()
 def run_tuned(tvm, model, x):
     """Returns what the graph that is tuned gives, and the names of its tasks."""
@@ -85,4 +96,12 @@ def test_tokens_of_an_image_are_not_moved(tvm):
     model, x = Tokens().eval(), torch.randn(2, 8, 12, 14)
     (output,), names = run_tuned(tvm, model, x)
     assert len(names) == 4 and any("conv2d" in name and "gelu" in name for name in names)  # one permutes what comes in
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_axis_with_more_than_one_place_stays(tvm):
+    torch.manual_seed(0)
+    model, x = SqueezedInVain().eval(), torch.randn(2, 8, 6, 6)
+    (output,), _ = run_tuned(tvm, model, x)
+    assert output.shape == (2, 8, 2)
     torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)

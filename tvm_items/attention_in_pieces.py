@@ -3,6 +3,7 @@
 softmax(query @ key^T * scale + mask) @ value, where the scale may be a tensor, of one number for each head
 """
 
+import operator
 import typing
 
 import torch
@@ -41,7 +42,7 @@ def join_attention(exported):
     Where attention.py has it as one task, and nothing but the product with the values reads the weights.
     """
     graph = exported.graph
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(has_effects)
     for softmax in graph.find_nodes(op="call_function", target=aten.softmax.int):
         if softmax.args[1] in (-1, len(shape(softmax)) - 1):
             scores, readers = read_scores(softmax.args[0], softmax), find_readers(softmax)
@@ -50,8 +51,14 @@ def join_attention(exported):
                 for node in (*readers[::-1], softmax, *scores.nodes):  # not all are dead code: some write in place
                     if not node.users:
                         graph.erase_node(node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(has_effects)
     exported.graph_module.recompile()
+
+
+def has_effects(node):
+    """Returns whether a node may do more than give a value, as the beginning and the end of a vmap() do."""
+    is_operator = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return node.is_impure() or (node.op == "call_function" and not is_operator)
 
 
 def find_readers(softmax):

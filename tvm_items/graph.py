@@ -27,6 +27,7 @@ def simplify(exported, with_gates=False):
     multiply_in_two_dimensions(graph)
     fold_batch_norms(exported)
     remove_what_does_nothing(graph)
+    squeeze_axes_of_one(graph)
     multiply_small_powers(graph)
     divide_by_root_of_squares(graph)
     split_into_slices(graph)
@@ -54,6 +55,18 @@ def remove_what_does_nothing(graph):
             if not node.kwargs:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+
+
+def squeeze_axes_of_one(graph):
+    """Leaves axes with more than one place out of squeezes, at which TVM's ConvertLayout loses count of the axes."""
+    for node in graph.find_nodes(op="call_function", target=aten.squeeze.dims):
+        source, axes = node.args
+        axes = [axis for axis in axes if shape(source)[axis] == 1]
+        if axes:
+            node.args = source, axes
+        else:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def multiply_in_two_dimensions(graph):
