@@ -14,7 +14,7 @@ RANK = 4
 HEADS, HEADS_OF_PRODUCT = 1, 2  # axes of (batch, heads, tokens, head dim) and of (batch, tokens, heads, head dim)
 EXCHANGE = [0, 2, 1, 3]  # makes one of these the other
 WITHIN_A_HEAD = (RANK - 1, -1)
-MEANS = (aten.mean.dim, aten.sum.dim_IntList)
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList)
 
 
 def compute_at_once(exported):
@@ -162,5 +162,5 @@ def is_done_to_each_head(node):
     if len(shape(node)) != RANK:
         return False
     is_along_an_axis = node.target in (aten.slice.Tensor, aten.cat.default) and len(node.args) > 1
-    is_mean = node.target in MEANS and node.args[1:] in [([axis], True) for axis in WITHIN_A_HEAD]
-    return is_pointwise(node) or is_mean or (is_along_an_axis and node.args[1] in WITHIN_A_HEAD)
+    is_reduction = node.target in REDUCTIONS and node.args[1:] in [([axis], True) for axis in WITHIN_A_HEAD]
+    return is_pointwise(node) or is_reduction or (is_along_an_axis and node.args[1] in WITHIN_A_HEAD)
