@@ -3,8 +3,8 @@
 import math
 from types import SimpleNamespace
 
-from tvm_items.loop import TuningLoop
-from tvm_items.progress import Progress, has_settled, is_mostly_searched, restore
+from tvm_items.loop import Job, TuningLoop
+from tvm_items.progress import KIN_ROUNDS, Progress, has_settled, is_mostly_searched, restore
 from tvm_items.search import Trial
 from tvm_items.tasks import Task
 
@@ -62,17 +62,35 @@ def test_what_its_kin_has_schedules_for_is_tried_before_anything_is_searched_for
         state.default_s = seconds
         state.end_round()
     loop = SimpleNamespace(progress=dict(zip("abc", states)), trials_done=0, budget=math.inf, searches=True)
-    slow.is_adapted, slow.trials = True, [Trial(100, [1], 50e-6, None)]
+    slow.kin_rounds, slow.trials = [KIN_ROUNDS[1]], [Trial(100, [1], 50e-6, None)]
     assert [state.is_untried for state in states] == [False, True, False]
     assert TuningLoop.most_promising(loop) is fast
-    fast.is_adapted, fast.pending = True, 8
+    fast.kin_rounds, fast.pending = [], 3
     assert fast.is_untried and TuningLoop.most_promising(loop) is slow  # a search may end before they are measured
     fast.pending = 0
     assert not fast.is_untried and TuningLoop.most_promising(loop) is slow
-    fast.is_behind, fast.is_adapted = True, False  # than kin on the same extents, of another case since
+    fast.is_behind, fast.kin_rounds = True, list(KIN_ROUNDS)  # than kin on the same extents, of another case since
     fast.trials = [Trial(100, [1], 2e-6, None)]
     assert not fast.is_untried and TuningLoop.most_promising(loop) is fast
-    fast.is_adapted = True
+    fast.kin_rounds.pop(0)
     assert TuningLoop.most_promising(loop) is slow
     slow.pending = 16
     assert TuningLoop.most_promising(loop) is alone
+
+
+def test_few_of_its_kin_are_adapted_first_and_the_rest_if_any_of_these_fit():
+    loop = SimpleNamespace(target_json="", trials_done=0, progress={}, will_build=lambda *_: None)
+    jobs = []
+    builder = SimpleNamespace(submit=lambda work, *arguments, **_: jobs.append((work.__name__, arguments[4])))
+
+    def submit_after(state, candidates):
+        TuningLoop.end_search(loop, Job("adapt", state), candidates, None)
+        TuningLoop.submit_search(loop, builder, state)
+
+    fitting, other = (Progress(Task(key, key, 1, "", ()), ["kin"]) for key in "ab")
+    TuningLoop.submit_search(loop, builder, fitting)
+    submit_after(fitting, ["candidate"] * 3)
+    submit_after(fitting, ["candidate"] * 5)
+    TuningLoop.submit_search(loop, builder, other)
+    submit_after(other, [])
+    assert jobs == [("adapt", 3), ("adapt", 5), ("search", 16), ("adapt", 3), ("search", 16)]

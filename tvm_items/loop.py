@@ -18,12 +18,11 @@ from harness import processes
 from tvm_items.journal import Journal
 from tvm_items.kin import Start
 from tvm_items.measure import build, measure
-from tvm_items.progress import Progress, describe, estimate_ms, has_settled, is_mostly_searched, restore
+from tvm_items.progress import KIN_ROUNDS, Progress, describe, estimate_ms, has_settled, is_mostly_searched, restore
 from tvm_items.search import ROUND_SIZE, Candidate, Trial, adapt, search
 
 BUILD_TIMEOUT_S, MEASURE_TIMEOUT_S, SEARCH_TIMEOUT_S = 30.0, 20.0, 180.0
 ASSUMED_BUILDS_PER_SEARCH = 4  # candidates that a worker builds in the time of a search, until both have been timed
-ADAPTED_CANDIDATES = 8  # of a task's kin, that are measured before its first search or instead of one
 REPORT_INTERVAL_S = 0.5
 JOBS_PER_BUILDER = 200  # then it is replaced by a fresh fork: TVM and NVRTC leak
 
@@ -200,23 +199,23 @@ class TuningLoop:
             return None
         if self.searches and not all(state.best_s_after_rounds or state.is_exhausted for state in states):
             return None
-        may_be_next = [state for state in states if state.is_open and (self.searches or not state.is_adapted)]
+        may_be_next = [state for state in states if state.is_open and (self.searches or state.kin_rounds)]
         first = [state for state in may_be_next if state.has_promising_kin]
         return max(first or may_be_next, key=Progress.expected_saving_s, default=None)
 
     def submit_search(self, builder, state):
         """Gives an idle builder the search of a task; what it has of kin is adapted first."""
         state.pending = ROUND_SIZE
-        if not state.is_adapted:
-            state.is_adapted = True
-            arguments = (state.task.module_json, self.target_json, state.trials, state.kin, ADAPTED_CANDIDATES)
+        if state.kin_rounds:
+            count = state.kin_rounds.pop(0)
+            arguments = (state.task.module_json, self.target_json, state.trials, state.kin, count)
             builder.submit(adapt, *arguments, timeout_s=SEARCH_TIMEOUT_S, label=Job("adapt", state))
             return
         state.is_searched = True
         others = [other.best for other in self.progress.values() if other is not state and other.best]
         relatives = [(best.space, best.decisions) for best in others]
         random.Random(self.trials_done).shuffle(relatives)
-        relatives = state.kin[:ADAPTED_CANDIDATES] + relatives  # no more: what this run has found is nearer
+        relatives = state.kin[: sum(KIN_ROUNDS)] + relatives  # no more: what this run has found is nearer
         arguments = (state.task.module_json, self.target_json, state.trials, relatives, ROUND_SIZE, len(state.trials))
         builder.submit(search, *arguments, timeout_s=SEARCH_TIMEOUT_S, label=Job("search", state))
 
@@ -256,6 +255,8 @@ class TuningLoop:
         candidates = candidates or []
         job.state.pending = len(candidates)
         job.state.is_exhausted = job.kind == "search" and not candidates
+        if job.kind == "adapt" and not candidates:  # no more of its kin fits
+            job.state.kin_rounds.clear()
         if error:
             self.journal.append({"task": job.state.task.key, "error": f"search: {error}"})
         self.will_build(job.state, candidates)

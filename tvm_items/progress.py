@@ -10,6 +10,9 @@ MIN_SETTLED_S = 60.0  # a search is over when so long, and
 SETTLED_SHARE = 1 / 3  # for so much of its time so far,
 SETTLED_GAIN = 0.01  # it has brought less than that,
 UNSEARCHED_SHARE = 0.05  # and what was not searched yet is less than that of an inference.
+# Candidates of a task's kin in the rounds of them, before its first search or instead of one. Few of each task come
+# first: the best of three is mostly the best of eight (docs/tuning.md), and time may be short.
+KIN_ROUNDS = (3, 5)
 
 
 class Progress:
@@ -19,7 +22,7 @@ class Progress:
         self.task = task
         self.kin = list(kin)  # (space, decisions) of the library's records that may be adapted to the task
         self.is_behind = is_behind  # whether some of them did better there
-        self.is_adapted = not self.kin  # whether they have been
+        self.kin_rounds = list(KIN_ROUNDS) if self.kin else []  # that are still to come
         self.default_s = None  # of TVM's default schedule, which is also what candidates are checked against
         self.reference_library = None  # path of that schedule's shared library
         self.trials = []  # Trials
@@ -46,13 +49,13 @@ class Progress:
     @property
     def is_untried(self):
         """Whether its kin has schedules that may do for it, and none of them nor any other was measured."""
-        is_on_its_way = self.pending or not self.is_adapted
+        is_on_its_way = self.pending or self.kin_rounds
         return bool(self.kin and is_on_its_way and not self.trials and not self.is_exhausted)
 
     @property
     def has_promising_kin(self):
         """Whether its kin is to be tried before any task is searched."""
-        return self.is_untried or (self.is_behind and not self.is_adapted)
+        return self.is_untried or (self.is_behind and len(self.kin_rounds) == len(KIN_ROUNDS))
 
     def forget(self, candidate):
         """Drops the trials of a Candidate."""
