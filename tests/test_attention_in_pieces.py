@@ -117,15 +117,6 @@ def factors_of_heads(layer, query, key, value):
     return (weights @ value.reshape(BATCH * HEADS, TOKENS, HEAD_DIM)).view(BATCH, HEADS, TOKENS, HEAD_DIM)
 
 
-@torch.no_grad()
-def test_queries_take_the_factors_of_their_heads(tvm):
-    torch.manual_seed(0)
-    model, x = InPieces(factors_of_heads).eval(), torch.randn(BATCH, TOKENS, 24)
-    prepared = prepare(tvm, model, x)
-    assert "attention" in called_functions(prepared[1])
-    assert relative_error(run_unscheduled(*prepared, x), [model(x).numpy()]) < 1e-5
-
-
 def masked_by_vmap(layer, query, key, value):
     """As transformers makes some masks: a function of a query and a key, for all of them."""
     positions = torch.arange(TOKENS)
@@ -134,10 +125,11 @@ def masked_by_vmap(layer, query, key, value):
     return ((query @ key.transpose(-1, -2) + mask).softmax(-1)) @ value
 
 
+@pytest.mark.parametrize("attend", [factors_of_heads, masked_by_vmap])
 @torch.no_grad()
-def test_what_has_no_value_stays_in_the_program(tvm):
+def test_it_is_attention_with_something_before_it(tvm, attend):
     torch.manual_seed(0)
-    model, x = InPieces(masked_by_vmap).eval(), torch.randn(BATCH, TOKENS, 24)
+    model, x = InPieces(attend).eval(), torch.randn(BATCH, TOKENS, 24)
     prepared = prepare(tvm, model, x)
     assert "attention" in called_functions(prepared[1])
     assert relative_error(run_unscheduled(*prepared, x), [model(x).numpy()]) < 1e-5
