@@ -19,7 +19,7 @@ REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList)
 
 def compute_at_once(exported):
     """Rewrites a decomposed program in place: what is done alike to queries and keys is done to the heads of both."""
-    graph, constants = exported.graph, find_constants(exported)
+    graph, constants = exported.graph, nodes_of_weights(exported)
     for attention in graph.find_nodes(op="call_function", target=SDPA):
         query, key = attention.args[0], before_repeat(attention.args[1])
         last = max(query, key)
@@ -33,7 +33,7 @@ def compute_at_once(exported):
     graph.eliminate_dead_code()
 
 
-def find_constants(exported):
+def nodes_of_weights(exported):
     """Returns the nodes of a program whose values depend on the model's weights alone."""
     weights, constants = Constants(exported), set()
     for node in exported.graph.nodes:
