@@ -56,7 +56,7 @@ from harness.rows import (
 from harness.streams import protect_standard_streams
 from harness.weights import inputs_on_device, load_on_device
 from tvm_items import tuning
-from tvm_items.apply import compile_with_library
+from tvm_items.apply import KernelsGone, compile_with_library
 from tvm_items.executable import compile_and_bind, load_saved, passes_after_scheduling
 from tvm_items.importer import export_for_tvm, import_to_relax
 from tvm_items.imports import import_tvm, import_tvm_for_tuning
@@ -264,7 +264,8 @@ def run_in_forks(name, case, reference, timeout_s, verbose):
     except UserError:
         raise
     except Exception as error:
-        return {"status": "failed", "error": str(error) if isinstance(error, WorkerError) else one_line(error)}
+        text = str(error) if isinstance(error, WorkerError) else one_line(error)
+        return {"status": "failed", "error": text, "kernels_gone": isinstance(error, KernelsGone)}
 
 
 def tune_in_fork(case, options, timeout_s, verbose):
@@ -539,7 +540,7 @@ class Session:
             if name == "tvm_tune" and tune_options:
                 search_s = self.launch(name, tune_in_fork, case, tune_options, *limits)
             item_columns = self.launch(name, run_in_forks, name, case, reference, *limits)
-            if item_columns.get("gone_kernels"):  # what the library has of the case is another version's
+            if item_columns.get("kernels_gone"):
                 search_s += self.launch(name, tune_in_fork, case, tuning.ROUND, *limits)
                 item_columns = self.launch(name, run_in_forks, name, case, reference, *limits)
             if name == "tvm_tune" and item_columns["status"] == "ok":

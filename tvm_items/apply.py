@@ -9,15 +9,21 @@ from tvm_items.measure import build, schedule_candidate
 from tvm_items.tasks import default_schedule
 
 
+class KernelsGone(processes.WorkerError):
+    """The library has fewer of a model's kernels than tuning it left there: they are another version's."""
+
+
 def compile_with_library(module, target, kernels, expected, compile_module):
     """Returns what compile_module() makes of a prepared Relax module that is scheduled by the best known schedules.
 
     kernels: a Library's, {task's key: fields of a Kernel}. expected: how many of the model's tasks should be among
-    them. compile_module: takes a scheduled module, returns a callable with attributes. A task without a schedule, or
-    with one that cannot be built here, gets TVM's default one. The callable's dict `schedule_columns` has a
-    `schedule_warning` of the latter, and how many of the expected tasks the model no longer has: `gone_kernels`.
+    them; raises KernelsGone, before it compiles, where fewer are. compile_module: takes a scheduled module, returns a
+    callable with attributes. A task without a schedule, or with one that cannot be built here, gets TVM's default one.
+    The callable's dict `schedule_columns` has a `schedule_warning` of the latter.
     """
     tasks, unfit = find_tasks(module, kernels), {}
+    if gone := max(0, expected - len(set(tasks.values()))):
+        raise KernelsGone(f"the library has no schedule for {gone} of {expected} kernels that were tuned")
     scheduled = schedule(module, target, tasks, kernels, unfit)
     try:
         run = compile_module(scheduled)
@@ -30,8 +36,7 @@ def compile_with_library(module, target, kernels, expected, compile_module):
     warnings = [f"the schedule of {kernels[key]['name']} is left out: {error}" for key, error in unfit.items()][:1]
     if len(unfit) > 1:
         warnings.append(f"and those of {len(unfit) - 1} more kernels")
-    gone = max(0, expected - len(set(tasks.values())))
-    run.schedule_columns = {"schedule_warning": ", ".join(warnings), "gone_kernels": gone}
+    run.schedule_columns = {"schedule_warning": ", ".join(warnings)}
     return run
 
 
