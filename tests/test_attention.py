@@ -161,15 +161,23 @@ def test_attention_that_stays_apart_is_in_its_dtype(tvm):
 
 
 @torch.no_grad()
-def test_heads_of_36_stay_whole_on_tensor_cores(tvm):
-    """As MobileViT has them; in fp32, and of one query, which may be over a cache, multiples of 8 do alone."""
+def test_which_heads_stay_whole(tvm):
+    """Of 36, as MobileViT has them, on tensor cores; in fp32, and of one query, which may be over a cache, multiples of 8.
+
+    Of 256, as Gemma has them, but for one query in fp32.
+    """
     model, x = SelfAttention(head_dim=36).eval().half(), torch.randn(BATCH, TOKENS, 24).half()
     assert called_functions(prepare(tvm, model, x)[1]).count("attention") == 1
-    keys = torch.empty(BATCH, HEADS, TOKENS, 36)
-    for dtype, queries, is_whole in (
-        (torch.float16, keys, True),
-        (torch.bfloat16, keys, True),
-        (torch.float32, keys, False),
-        (torch.float16, keys[:, :, :1], False),
+    for dtype, head_dim, query_count, is_whole in (
+        (torch.float16, 36, TOKENS, True),
+        (torch.bfloat16, 36, TOKENS, True),
+        (torch.float32, 36, TOKENS, False),
+        (torch.float16, 36, 1, False),
+        (torch.float16, 256, TOKENS, True),
+        (torch.float16, 256, 1, True),
+        (torch.float32, 256, TOKENS, True),
+        (torch.float32, 256, 1, False),
+        (torch.float16, 260, TOKENS, False),
     ):
-        assert can_be_whole(queries.to(dtype), keys.to(dtype), keys.to(dtype), None, 0.0) == is_whole
+        keys = torch.empty(BATCH, HEADS, TOKENS, head_dim, dtype=dtype)
+        assert can_be_whole(keys[:, :, :query_count], keys, keys, None, 0.0) == is_whole

@@ -16,7 +16,7 @@ from tvm_items.templates.attention_task import Attention, Source, define_attenti
 from tvm_items.templates.find import FIRST_TEMPLATE, find_templates
 from tvm_items.templates.fma import FmaTemplate
 
-HEAD_DIMS = {"float16": (36, 60, 64, 72, 128), "bfloat16": (64, 96), "float32": (32, 64, 72, 128)}
+HEAD_DIMS = {"float16": (36, 60, 64, 72, 128, 256), "bfloat16": (64, 96, 132), "float32": (32, 64, 72, 128, 256)}
 
 
 def make_attention(dtype="float16", head_dim=64, **fields):
@@ -154,6 +154,15 @@ KERNELS = {
         (1, 2, 16, 2, 1),
     ),
     "heads of 60, groups of warps": ({"query_count": 21, "key_count": 37, "head_dim": 60}, (1, 1, 16, 1, 2)),
+    # Queries of more than 128 elements are in shared memory.
+    "heads of 256, causal, two stages": (
+        {"query_count": 37, "key_count": 37, "is_causal": True, "key_heads": 1, "head_dim": 256},
+        (2, 1, 16, 2, 1),
+    ),
+    "heads of 132, groups of warps": (
+        {"query_count": 41, "key_count": 37, "head_dim": 132, "dtype": "bfloat16"},
+        (1, 2, 16, 1, 2),
+    ),
     "fp32, one stage": ({"query_count": 37, "key_count": 37, "dtype": "float32", "head_dim": 32}, (4, 8, 2, 16, 1)),
     "fp32, causal, grouped": (
         {"query_count": 80, "key_count": 80, "is_causal": True, "key_heads": 1, "dtype": "float32"}
@@ -180,6 +189,12 @@ KERNELS = {
         (1, 1, 32, 2),
     ),
     "cache, fp32": (CACHE | {"key_count": 50, "head_dim": 32, "dtype": "float32"}, (1, 1, 32, 4)),
+    # of 16 lanes that share a key four have nothing of it
+    "cache, heads of 96": (
+        CACHE | {"key_count": 70, "heads": 4, "head_dim": 96, "mask_shape": (1, 1, 1, 70), "mask_dtype": "bool"},
+        (2, 2, 32, 2),
+    ),
+    "cache, heads of 256": (CACHE | {"key_count": 40, "head_dim": 256, "dtype": "bfloat16"}, (2, 1, 32, 2)),
     "cache, bf16, one part": (
         CACHE | {"key_count": 70, "dtype": "bfloat16", "mask_shape": (1, 1, 1, 70), "mask_dtype": "bool"},
         (4, 1, 128, 1),

@@ -66,10 +66,12 @@ def can_be_whole(query, key, value, mask, dropout_p):
 def head_dims(dtype, query_count):
     """Returns the head dims that attention is one kernel for: see templates/attention_kernels.py.
 
-    Those that are no multiples of 8 are for tensor cores alone. One query may be over a cache: another kernel's work.
+    Those that are no multiples of 8 are for tensor cores alone. One query may be over a cache: another kernel's work,
+    which has a warp for a key at most, and so 128 elements of it in fp32.
     """
-    is_on_tensor_cores = dtype != torch.float32 and query_count > 1
-    return range(16, 129, 4 if is_on_tensor_cores else 8)
+    if query_count == 1:
+        return range(16, 129 if dtype == torch.float32 else 257, 8)
+    return range(16, 257, 8 if dtype == torch.float32 else 4)
 
 
 def repeat_heads(tensor, heads):

@@ -3,7 +3,7 @@
 Flash-decoding (Dao and others, 2023): each block has for its part of the context the sums of values with their largest
 score and total, as flash attention keeps them. Blocks that are a cluster join their parts themselves, a second kernel
 those of others. A few lanes of a warp share a key: each has 16 bytes of it, and of the queries, values and sums as many
-elements.
+elements. Their number is a power of 2, so that some may have none.
 """
 
 import math
@@ -21,16 +21,19 @@ def vector(attention):
     return VECTOR_BYTES // (4 if attention.dtype == "float32" else 2)
 
 
+def lanes_of_key(attention):
+    """Returns how many lanes of a warp share a key."""
+    return 1 << (attention.head_dim // vector(attention) - 1).bit_length()
+
+
 def is_decode(attention):
     """Returns whether decode_kernel() can compute an Attention."""
-    lanes = attention.head_dim // vector(attention)
     return (
         attention.heads_first
         and attention.query_count == 1
         and not attention.is_causal
         and attention.head_dim % vector(attention) == 0
-        and lanes & (lanes - 1) == 0
-        and lanes <= WARP_THREADS
+        and lanes_of_key(attention) <= WARP_THREADS
     )
 
 
@@ -54,7 +57,7 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
 
     a = attention
     size, sharing = vector(a), a.heads // a.key_heads
-    lanes = a.head_dim // size  # that share a key
+    lanes = lanes_of_key(a)
     threads = warps * WARP_THREADS
     rows = threads // lanes  # keys of a step, but for `keys` of each
     parts = -(-a.key_count // part)
@@ -71,6 +74,9 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
     is_alone = parts == cluster_blocks  # whether there is no second kernel
     key_shuffles, row_shuffles = lanes.bit_length() - 1, (WARP_THREADS // lanes).bit_length() - 1
     is_whole = part % (rows * keys) == 0 and a.key_count % part == 0
+
+    def column(lane, e):  # in a head; of lanes that have none, other lanes'
+        return T.min(lane * size, a.head_dim - size) + e
 
     def in_part(step, k, row):  # the number of a key
         return (step * keys + k) * rows + row
@@ -121,7 +127,7 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
                 for k in T.unroll(keys):
                     for e in T.vectorized(size):
                         loaded[k * size + e] = source[
-                            batch, first + head // sharing, nearest(number, step, k, row), lane * size + e
+                            batch, first + head // sharing, nearest(number, step, k, row), column(lane, e)
                         ]
 
             @T.inline
@@ -136,8 +142,8 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
                 for e in T.unroll(size):
                     sums[h * size + e] = T.float32(0)
                     query[h * size + e] = T.Cast(
-                        "float32", queries[batch, 0, first_query + head + h, lane * size + e]
-                    ) * T.float32(a.scale * LOG2_E)
+                        "float32", queries[batch, 0, first_query + head + h, column(lane, e)]
+                    ) * T.Select(lane * size < a.head_dim, T.float32(a.scale * LOG2_E), T.float32(0))
             for step in T.serial(steps):
                 load(cached_keys, first_key, step)
                 for k in T.unroll(keys):
@@ -188,7 +194,7 @@ def decode_kernel(attention, warps, group, part, keys, *, max_cluster_blocks):
                         sums[h * size + e] = sums[h * size + e] + T.tvm_warp_shuffle_xor(
                             T.uint32(ALL_LANES), sums[h * size + e], lanes << i, WARP_THREADS, WARP_THREADS
                         )
-                if thread % WARP_THREADS < lanes:
+                if T.And(thread % WARP_THREADS < lanes, lane * size < a.head_dim):
                     for e in T.unroll(size):
                         shared[(thread // WARP_THREADS * group + h) * a.head_dim + lane * size + e] = sums[h * size + e]
                     if lane == 0:

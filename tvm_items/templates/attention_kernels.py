@@ -5,7 +5,7 @@ import functools
 import typing
 
 from tvm_items.target import MAX_BLOCK_THREADS, WARP_THREADS
-from tvm_items.templates.attention_decode import decode_kernel, decode_resources, is_decode, vector
+from tvm_items.templates.attention_decode import decode_kernel, decode_resources, is_decode, lanes_of_key
 from tvm_items.templates.attention_fma import VECTOR, fma_kernel, fma_resources
 from tvm_items.templates.attention_mma import TILE, mma_kernel, mma_resources
 from tvm_items.templates.attention_task import Attention
@@ -92,10 +92,9 @@ def fma_template(attention, limit):
 def decode_template(attention, limit, has_clusters):
     """Returns the template for one query over a cache; limit: bytes of shared memory that a block may have."""
     make_kernel = functools.partial(decode_kernel, max_cluster_blocks=MAX_BLOCKS if has_clusters else 1)
-    lanes = attention.head_dim // vector(attention)
 
     def is_useful(warps, group, part, keys):
-        step = warps * WARP_THREADS // lanes * keys
+        step = warps * WARP_THREADS // lanes_of_key(attention) * keys
         return (
             attention.heads // attention.key_heads % group == 0
             and step <= part

@@ -4,7 +4,7 @@ The algorithm is FlashAttention-2's (Dao, arXiv:2307.08691): a block of threads 
 through the keys in steps. The sums that are the scores lie in the registers as the first operand of the product with
 the values has to. Each row's largest score and total of weights so far are kept; when the largest changes, what was
 summed up before is rescaled. Where there are few queries and many keys, groups of the block's warps take the steps in
-turns, each with sums of its own, which are joined in the end.
+turns, each with sums of its own, which are joined in the end. Queries stay in registers where these suffice for them.
 """
 
 import math
@@ -14,6 +14,7 @@ from tvm_items.templates.attention_task import Softmax, kernel_function, masked
 
 TILE = 16  # rows, columns and terms of what one ldmatrix loads for mma.sync
 ROW_PADDING = 8  # elements behind each row in shared memory: 8 rows at the same column lie in distinct banks then
+MAX_DEPTH_IN_REGISTERS = 128  # of queries; those of longer heads are read from shared memory in every step
 
 
 def copy_elements(attention):
@@ -40,11 +41,12 @@ def mma_resources(attention, warps, row_tiles, key_tile, stages, key_groups):
     The registers are an estimate: scores, sums and queries of a warp's rows, and 48 for all else.
     """
     depth = padded_depth(attention)
-    registers = row_tiles * (key_tile // 2 + depth * 3 // 4) + 48
+    in_registers = depth <= MAX_DEPTH_IN_REGISTERS
+    registers = row_tiles * (key_tile // 2 + depth // 2 + (depth // 4 if in_registers else 4)) + 48
     group_threads = WARP_THREADS * warps
-    in_stages = stages * key_groups * 2 * key_tile * (depth + ROW_PADDING) * 2
+    rows = stages * key_groups * 2 * key_tile + (0 if in_registers else warps * row_tiles * TILE)
     joined = (key_groups - 1) * group_threads * joined_floats(attention, row_tiles) * 4
-    return group_threads * key_groups, registers, max(in_stages, joined)
+    return group_threads * key_groups, registers, max(rows * (depth + ROW_PADDING) * 2, joined)
 
 
 def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
@@ -71,6 +73,8 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
     copies = key_tile * row_copies
     thread_copies = -(-copies // group_threads)
     stage_length = 2 * key_tile * row_length
+    in_registers = padded_depth(a) <= MAX_DEPTH_IN_REGISTERS
+    queries_at = stages * key_groups * stage_length  # in shared memory, where they are not in registers
     softmax = Softmax(a)
     exponent = softmax.exponent
     short = {"float16": "f16", "bfloat16": "bf16"}[a.dtype]
@@ -89,6 +93,9 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
     def joined_at(group, i, place):  # where a thread of a group, not of the first one, puts one of its numbers
         return ((group - 1) * joined_floats(a, row_tiles) + i) * group_threads + place
 
+    def query_at(r, d):  # where a tile's queries begin among a thread's
+        return (r * depth_tiles + d if in_registers else r) * 4
+
     def is_cut(step):
         return a.key_count % key_tile != 0 and step == steps - 1
 
@@ -98,7 +105,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
         block = T.cta_id([query_blocks * a.heads * a.batch])
         thread = T.thread_id([threads])
         shared = T.alloc_buffer((shared_bytes // 2,), a.dtype, scope="shared.dyn", align=128)
-        query_fragments = T.alloc_local((row_tiles * depth_tiles * 4,), "uint32")
+        query_fragments = T.alloc_local((row_tiles * (depth_tiles if in_registers else 1) * 4,), "uint32")
         fragment = T.alloc_local((4,), "uint32")
         scores = T.alloc_local((score_count,), "float32")
         weights = T.alloc_local((score_count // 2,), "uint32")
@@ -137,10 +144,41 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
                     )
 
         @T.inline
+        def copy_queries():
+            for i in T.unroll(-(-block_rows * row_copies // threads)):
+                index: T.let = i * threads + thread
+                column: T.let = index % row_copies * copied
+                query: T.let = T.min(number * block_rows + index // row_copies, a.query_count - 1)
+                if index < block_rows * row_copies:
+                    T.ptx[start_copy](
+                        T.address_of(shared[queries_at + index // row_copies * row_length + column]),
+                        T.address_of(queries[batch, query, first_query + head, T.min(column, a.head_dim - copied)]),
+                        copied * 2,
+                        T.Select(column < a.head_dim, T.uint32(copied * 2), T.uint32(0)),
+                    )
+
+        @T.inline
+        def load_queries(r, d):
+            T.ptx[load_keys](
+                *[query_fragments[r * 4 + i] for i in range(4)],
+                T.address_of(
+                    shared[
+                        queries_at
+                        + (place // WARP_THREADS * warp_rows + r * TILE + lane % 16) * row_length
+                        + d * TILE
+                        + lane // 16 * 8
+                    ]
+                ),
+            )
+
+        @T.inline
         def multiply_queries_and_keys(stage):
             for i in T.unroll(score_count):
                 scores[i] = T.float32(0)
             for d in T.unroll(depth_tiles):
+                if not in_registers:
+                    for r in T.unroll(row_tiles):
+                        load_queries(r, d)
                 for j in T.unroll(key_tiles):
                     T.ptx[load_keys](
                         *[fragment[i] for i in range(4)],
@@ -157,7 +195,7 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
                         for n in T.unroll(2):
                             T.ptx[mma](
                                 *[scores[((r * key_tiles + j) * 2 + n) * 4 + i] for i in range(4)],
-                                *[query_fragments[(r * depth_tiles + d) * 4 + i] for i in range(4)],
+                                *[query_fragments[query_at(r, d) + i] for i in range(4)],
                                 fragment[n * 2],
                                 fragment[n * 2 + 1],
                                 *[scores[((r * key_tiles + j) * 2 + n) * 4 + i] for i in range(4)],
@@ -285,26 +323,29 @@ def mma_kernel(attention, warps, row_tiles, key_tile, stages, key_groups):
                 copy(step, turn % stages, keys, first_key + head // sharing, 0)
                 copy(step, turn % stages, values, first_value + head // sharing, key_tile * row_length)
 
+        if not in_registers:
+            copy_queries()  # with what the first step needs
         for turn in T.unroll(stages - 1):
             copy_step(turn)
             T.ptx["cp.async.commit_group"]()
-        for r in T.unroll(row_tiles):
-            for d in T.unroll(depth_tiles):
-                for i in T.unroll(4):
-                    if d * TILE + i // 2 * 8 + lane % 4 * 2 < a.head_dim:
-                        T.ptx["ld.global.b32"](
-                            query_fragments[(r * depth_tiles + d) * 4 + i],
-                            T.address_of(
-                                queries[
-                                    batch,
-                                    T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
-                                    first_query + head,
-                                    d * TILE + i // 2 * 8 + lane % 4 * 2,
-                                ]
-                            ),
-                        )
-                    else:
-                        query_fragments[(r * depth_tiles + d) * 4 + i] = T.uint32(0)
+        if in_registers:
+            for r in T.unroll(row_tiles):
+                for d in T.unroll(depth_tiles):
+                    for i in T.unroll(4):
+                        if d * TILE + i // 2 * 8 + lane % 4 * 2 < a.head_dim:
+                            T.ptx["ld.global.b32"](
+                                query_fragments[query_at(r, d) + i],
+                                T.address_of(
+                                    queries[
+                                        batch,
+                                        T.min(row + r * TILE + i % 2 * 8, a.query_count - 1),
+                                        first_query + head,
+                                        d * TILE + i // 2 * 8 + lane % 4 * 2,
+                                    ]
+                                ),
+                            )
+                        else:
+                            query_fragments[query_at(r, d) + i] = T.uint32(0)
         for i in T.unroll(row_tiles * 2):
             largest[i] = T.float32(softmax.lowest)
             totals[i] = T.float32(0)
