@@ -162,7 +162,7 @@ def test_attention_that_stays_apart_is_in_its_dtype(tvm):
 
 @torch.no_grad()
 def test_which_heads_stay_whole(tvm):
-    """Of 36, as MobileViT has them, on tensor cores; in fp32, and of one query, which may be over a cache, multiples of 8.
+    """Of 36, as MobileViT has them, on tensor cores alone, and of more than one query, which may be over a cache.
 
     Of 256, as Gemma has them, but for one query in fp32.
     """
