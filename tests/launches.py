@@ -11,7 +11,7 @@ import torch
 
 from conftest import H200, make_case
 from harness.architectures import builtin_config
-from harness.case import arithmetic
+from harness.case import PRECISIONS, arithmetic
 from harness.inputs import make_inputs
 from tvm_items.importer import export_for_tvm
 from tvm_items.imports import import_tvm
@@ -21,24 +21,24 @@ from tvm_items.tasks import extract_tasks
 
 
 @torch.no_grad()
-def count_launches(name, precision):
-    """Returns (tasks, launches) of a built-in model at batch size 1, whose weights stay as they are created."""
-    case = make_case(builtin_config(name), model_name=name, precision=precision)
+def find_tasks(name, precision, batch_size=1):
+    """Returns the Tasks of a built-in model on an H200; its weights stay as they are created."""
+    case = make_case(builtin_config(name), model_name=name, precision=precision, batch_size=batch_size)
     case.config.use_cache = False
     with arithmetic(precision) as dtype:
         model = case.model_class(case.config).eval().requires_grad_(False).to(dtype)
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in make_inputs(case).items()}
-        target = load_target(H200)
-        module, _ = tuned_module(export_for_tvm(model, inputs, whole_attention=True), target)
-        tasks = extract_tasks(module, target)
-    return len(tasks), sum(task.launches for task in tasks)
+        exported, target = export_for_tvm(model, inputs, whole_attention=True), load_target(H200)
+        module, _ = tuned_module(exported, target, PRECISIONS[precision].tf32)
+        return extract_tasks(module, target)
 
 
 def main(precision, *names):
     import_tvm(precision)
     print("| model | tasks | launches |\n|---|---|---|")
     for name in names:
-        print(f"| {name} | {' | '.join(map(str, count_launches(name, precision)))} |", flush=True)
+        tasks = find_tasks(name, precision)
+        print(f"| {name} | {len(tasks)} | {sum(task.launches for task in tasks)} |", flush=True)
 
 
 if __name__ == "__main__":
