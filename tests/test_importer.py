@@ -272,6 +272,19 @@ def test_half_precision_operators_keep_their_dtype(dtype):
 
 
 @torch.no_grad()
+def test_statistics_of_batch_norms_need_no_cast(tvm):
+    """TVM would compile a program for each, in half precision: they are constants."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    model[1].running_mean.normal_(), model[2].running_var.uniform_(0.5, 2)
+    model, inputs = model.eval().half(), {"input": torch.randn(1, 3, 5, 5).half()}
+    module, _ = import_to_relax(export_for_tvm(model, inputs))
+    lines = module["main"].script(show_meta=False).splitlines()
+    assert sum("GenericConst" in line and "batch_norm" in line for line in lines) == 2
+    assert not any("GenericConst" in line and "astype" in line for line in lines)
+
+
+@torch.no_grad()
 def test_averages_over_a_grid_compile_for_hopper_in_bf16():
     """As UperNet's, of 3 by 3; TVM's own are of bf16 and of its bits at once."""
     import tvm

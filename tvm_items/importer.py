@@ -22,6 +22,7 @@ from tvm_items.exported_graph import (
     cut_windows,
     drop_empty_parts,
     drop_numbers_from_output,
+    keep_statistics_in_fp32,
     shorten_convolutions,
     sort_largest,
     sort_plainly,
@@ -169,6 +170,7 @@ def import_to_relax(exported):
     # TVM refuses the logarithm of an integer tensor, and a sum of booleans and integers breaks its code generator:
     # PyTorch's own pass for its ONNX exporter makes the casts explicit.
     InsertTypePromotion(exported.graph_module).run()
+    keep_statistics_in_fp32(exported)
     count_from_the_front(exported.graph)
     shorten_convolutions(exported.graph)
     converters = CONVERTERS | {
@@ -229,15 +231,18 @@ def computed_in_fp32(operator, dtypes, outputs=1):
     """Returns the Relax operator for arguments in one of `dtypes`: they are cast to fp32, and each result back."""
     from tvm import relax
 
+    def dtype_of(value):  # None of an expression that has no type yet
+        return getattr(value.ty, "dtype", None)
+
     def cast(value):
-        return relax.op.astype(value, "float32") if isinstance(value, relax.Expr) else value
+        is_to_be_cast = isinstance(value, relax.Expr) and dtype_of(value) != "float32"
+        return relax.op.astype(value, "float32") if is_to_be_cast else value
 
     @functools.wraps(operator)
     def call(*args, **kwargs):
-        # Of the last tensor: the first may be an expression that has no type yet.
-        *_, tensor = (value for value in (*args, *kwargs.values()) if isinstance(value, relax.Expr))
-        dtype = tensor.ty.dtype
-        if dtype not in dtypes:
+        found = [dtype_of(value) for value in (*args, *kwargs.values()) if isinstance(value, relax.Expr)]
+        dtype = next((each for each in dtypes if each in found), None)
+        if dtype is None:
             return operator(*args, **kwargs)
         results = operator(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
         if outputs == 1:
